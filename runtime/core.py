@@ -1,0 +1,301 @@
+"""The nouns that every room speaks: small frozen records without behaviour of their own.
+
+Units are in the names: `_bytes`, `_s` (seconds), `_per_s`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Source = Literal["measured", "emulated", "assumed"]
+DeviceKind = Literal["cuda", "emulated", "cpu"]
+PolicyName = Literal["on-demand", "cpu-miss", "hybrid", "cpu-only"]
+POLICIES: tuple[PolicyName, ...] = ("on-demand", "cpu-miss", "hybrid", "cpu-only")
+
+
+class ExpertId(NamedTuple):
+    """One expert: `layer` counts MoE layers from 0, not decoder layers."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A figure together with where it comes from, so that it is never sold as more."""
+
+    value: float
+    source: Source
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """What one machine can do, probed once at start.
+
+    `link_*` is host to device. `cpu_expert_bytes_per_s` is the rate at which expert weights are
+    consumed by computing experts on the CPU, alone and while the link copies. `cpu_call_s` and
+    `link_call_s` are the fixed costs of one hand-off. `device_bytes_per_s` is the rate at which
+    the device consumes expert weights; `device_layer_s` is a layer's dense work for one token.
+    `host_layer_s` is host time per MoE layer.
+    """
+
+    device_kind: DeviceKind
+    device_name: str
+    vram_total_bytes: int
+    vram_free_bytes: int
+    ram_total_bytes: int
+    ram_free_bytes: int
+    link_bytes_per_s: Reading
+    link_unpinned_bytes_per_s: Reading
+    link_call_s: Reading
+    cpu_expert_bytes_per_s: Reading
+    cpu_expert_bytes_per_s_while_copying: Reading
+    cpu_call_s: Reading
+    device_bytes_per_s: Reading
+    device_layer_s: Reading
+    host_layer_s: Reading
+
+    @property
+    def emulated(self) -> bool:
+        return self.device_kind == "emulated"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes a memory plan needs. `experts` has one entry per MoE layer."""
+
+    name: str
+    experts: tuple[int, ...]
+    top_k: int
+    expert_bytes: int
+    dense_bytes: int
+    kv_bytes_per_token: int
+    context_tokens: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.experts)
+
+    @property
+    def expert_count(self) -> int:
+        return sum(self.experts)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where every byte of the device budget goes. The parts never exceed `budget_bytes`."""
+
+    budget_bytes: int
+    dense_bytes: int
+    kv_tokens: int
+    kv_bytes: int
+    workspace_bytes: int
+    reserve_bytes: int
+    slots: int
+    slot_bytes: int
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return (
+            self.dense_bytes
+            + self.kv_bytes
+            + self.workspace_bytes
+            + self.reserve_bytes
+            + self.slots_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat as the template sees it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; `seed` None draws a fresh one."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+DeltaKind = Literal["reasoning", "answer"]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """One generation in figures; the same record in `chat --json`, the panel and the API.
+
+    The five `served_*` add up to `routed`, which counts (layer, expert) uses per forward pass.
+    """
+
+    emulated: bool
+    device: str
+    policy: str
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    ttft_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    hit_rate: float = 0.0
+    routed: int = 0
+    served_resident: int = 0
+    served_prefetch_in_time: int = 0
+    served_prefetch_late: int = 0
+    served_on_demand: int = 0
+    served_cpu: int = 0
+    link_bytes_on_demand: int = 0
+    link_bytes_prefetch_used: int = 0
+    link_bytes_prefetch_wasted: int = 0
+    link_bytes_per_s: float = 0.0
+    stall_s: float = 0.0
+    predictor_s: float = 0.0
+    predictor_recall: float | None = None
+    predictor_precision: float | None = None
+    vram_used_bytes: int = 0
+    ram_used_bytes: int = 0
+    cache_slots: int = 0
+    cache_slots_used: int = 0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request is valid and its prompt is counted; no token has been computed yet."""
+
+    prompt_tokens: int
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that just became final, with the token ids that carried it."""
+
+    kind: DeltaKind
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The generation ended; always the last chunk, exactly once."""
+
+    reason: FinishReason
+    stats: GenerationStats
+
+
+GenerationChunk = Accepted | Delta | Finished
+
+EngineState = Literal["starting", "empty", "loading", "ready", "restarting", "dead"]
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a load is. `text` is a short sentence for a person."""
+
+    text: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the app shows about the engine at any moment.
+
+    `model` is the model that answers now (a failed switch leaves the previous one). `notice` is
+    the last thing a person should know: why a load failed, why the engine was restarted.
+    """
+
+    state: EngineState
+    model: str | None = None
+    loading: str | None = None
+    progress: LoadProgress = LoadProgress()
+    notice: str = ""
+    next_step: str = ""
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class TelemetrySnapshot:
+    """The live panel's picture of the engine, pushed about four times a second.
+
+    `served` counts expert uses of the last second or so by where they came from, in the order of
+    `SERVED`. `heat` is one byte per (layer, expert), row after row, base64: bit 7 is set while the
+    expert is in a slot, the low seven bits say how recently and often it was used (0 to 127).
+    `stall_s_per_token` and the two speeds are over the last generation or the running one.
+    """
+
+    sequence: int
+    emulated: bool
+    device: str
+    model: str
+    policy: str
+    generating: bool
+    tokens_per_s: float
+    ttft_s: float
+    served: tuple[int, int, int, int, int]
+    hit_rate: float
+    link_bytes_per_s: float
+    link_max_bytes_per_s: float
+    link_bytes_total: int
+    stall_s_per_token: float
+    token_s: float
+    cpu_s_per_token: float
+    vram_used_bytes: int
+    vram_budget_bytes: int
+    ram_used_bytes: int
+    ram_total_bytes: int
+    cache_slots: int
+    cache_slots_used: int
+    layers: int
+    experts: int
+    heat: str
+
+
+SERVED = ("resident", "prefetch in time", "prefetch late", "on demand", "CPU")
+
+
+@dataclass(frozen=True)
+class EmulatedMachine:
+    """The numbers of the emulated card; a person can change them in the settings.
+
+    They are slowed down together so that modelled time dominates this machine's own time while
+    the ratios stay those of a consumer card beside a desktop CPU.
+    """
+
+    link_bytes_per_s: float = 60e6
+    link_call_s: float = 0.0002
+    cpu_expert_bytes_per_s: float = 100e6
+    cpu_expert_bytes_per_s_while_copying: float = 75e6
+    cpu_call_s: float = 0.0002
+    device_bytes_per_s: float = 1.5e9
+    device_layer_s: float = 0.001
+    host_layer_s: float = 0.0002
+    vram_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """Which model to load and how. `path` is a folder; `default` is the shipped model.
+
+    `cache_fraction` is the share of all experts that fit in slots; `vram_bytes` caps the device
+    budget instead; both None lets the planner decide.
+    """
+
+    model: str = "default"
+    policy: PolicyName | None = None
+    cache_fraction: float | None = None
+    vram_bytes: int | None = None
+    link_bytes_per_s: float | None = None
+    emulated: EmulatedMachine = field(default_factory=EmulatedMachine)
