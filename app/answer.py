@@ -1,0 +1,244 @@
+"""One answer being written: a pump reads the engine, the job keeps the text and saves it.
+
+Two threads, so that neither a slow disk nor an engine stuck in a long prompt delays the other: the
+pump only forwards chunks into the inbox, the job alone owns the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from app.database import HistoryError
+from app.history import History, MessageState, StoredMessage
+from runtime.core import Accepted, Delta, Finished, FinishReason, GenerationChunk
+from runtime.errors import CancelledError, PreScopeError
+
+LiveState = Literal["waiting", "reasoning", "answering"]
+SAVE_EVERY_S = 1.0
+STOP_GRACE_S = 0.4
+_STATES: dict[FinishReason, MessageState] = {
+    "stop": "complete",
+    "length": "complete",
+    "cancelled": "stopped",
+    "error": "failed",
+}
+_log = logging.getLogger(__name__)
+_Signal = Literal["stop", "suspend", "abandon", "end"]
+
+
+@dataclass(frozen=True)
+class LiveAnswer:
+    """An answer being written. `version` changes whenever anything else here does.
+
+    `started_s` is seconds since 1970. No two versions of one app run are equal. `notice` says why
+    the text cannot be saved just now; it is kept and saved once that passes.
+    """
+
+    message_id: int
+    reasoning: str
+    text: str
+    state: LiveState
+    started_s: float
+    version: int
+    notice: str = ""
+
+
+class Answer:
+    """Owns one answer from its start to its last save. `version` belongs to whoever made it."""
+
+    def __init__(
+        self,
+        *,
+        history: History,
+        message_id: int,
+        settled: list[StoredMessage],
+        open_stream: Callable[[], Iterator[GenerationChunk]],
+        on_change: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.message_id = message_id
+        self.settled = settled
+        self.version = 0
+        self._history = history
+        self._on_change = on_change
+        self._on_end = on_end
+        self._inbox: queue.SimpleQueue[GenerationChunk | PreScopeError | _Signal] = (
+            queue.SimpleQueue()
+        )
+        self._pump = _Pump(open_stream, self._inbox)
+        self._text = ""
+        self._reasoning = ""
+        self._state: LiveState = "waiting"
+        self._notice = ""
+        self._started_s = time.time()
+        self._job = threading.Thread(target=self._run, name=f"answer-{message_id}", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._job.start()
+
+    def live(self) -> LiveAnswer:
+        """Return the answer as it is now; any thread."""
+        return LiveAnswer(
+            self.message_id,
+            self._reasoning,
+            self._text,
+            self._state,
+            self._started_s,
+            self.version,
+            self._notice,
+        )
+
+    def stop(self) -> None:
+        """End soon and keep the text as stopped."""
+        self._inbox.put("stop")
+
+    def suspend(self) -> None:
+        """End soon and leave the text partial: the app is closing."""
+        self._inbox.put("suspend")
+
+    def abandon(self) -> None:
+        """End soon and save nothing more: the conversation is being deleted."""
+        self._inbox.put("abandon")
+        self._job.join(STOP_GRACE_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the last save."""
+        self._job.join(timeout_s)
+
+    def _run(self) -> None:
+        self._pump.start()
+        try:
+            ending = self._follow()
+            self._pump.cancel()
+            while ending is not None and not self._save(*ending) and self._may_try_again():
+                pass
+        finally:
+            self._pump.cancel()
+            self._on_end()
+
+    def _follow(self) -> tuple[MessageState, dict[str, Any], str] | None:
+        """Take what the pump brings until the end; return how to store it, None for not at all."""
+        saved_s, dirty, stop_s = time.monotonic(), False, float("inf")
+        while True:
+            due_s = min(saved_s + SAVE_EVERY_S if dirty else float("inf"), stop_s)
+            left_s = None if due_s == float("inf") else max(0.0, due_s - time.monotonic())
+            try:
+                item = self._inbox.get(timeout=left_s)
+            except queue.Empty:
+                if time.monotonic() >= stop_s:
+                    return "stopped", {}, ""
+                dirty = not self._save("partial", {}, "")
+                saved_s = time.monotonic()
+                continue
+            if isinstance(item, Delta):
+                if not dirty:
+                    saved_s, dirty = max(saved_s, time.monotonic() - SAVE_EVERY_S), True
+                self._append(item)
+            elif isinstance(item, Finished):
+                stats = {**dataclasses.asdict(item.stats), "finish_reason": item.reason}
+                state = "stopped" if stop_s < float("inf") else _STATES[item.reason]
+                error = "The engine could not finish this answer." if state == "failed" else ""
+                return state, stats, error
+            elif isinstance(item, CancelledError) or (
+                stop_s < float("inf") and (item == "end" or isinstance(item, PreScopeError))
+            ):
+                return "stopped", {}, ""
+            elif isinstance(item, PreScopeError):
+                return "failed", {}, f"{item.message} {item.next_step}".strip()
+            elif item == "stop":
+                stop_s = min(stop_s, time.monotonic() + STOP_GRACE_S)
+                self._pump.cancel()
+            elif item == "suspend":
+                return "partial", {}, ""
+            elif item == "abandon":
+                return None
+            elif item == "end":
+                return "failed", {}, "The engine ended this answer without saying why."
+
+    def _append(self, delta: Delta) -> None:
+        if delta.kind == "reasoning":
+            self._reasoning += delta.text
+            self._state = "reasoning"
+        else:
+            self._text += delta.text
+            self._state = "answering"
+        self._on_change()
+
+    def _save(self, state: MessageState, stats: dict[str, Any], error: str) -> bool:
+        try:
+            self._history.save_answer(
+                self.message_id, self._text, self._reasoning, state, stats, error
+            )
+        except HistoryError as failure:
+            _log.warning("answer %d is not saved: %s", self.message_id, failure.message)
+            self._notice = f"Not saved yet: {failure.message} {failure.next_step}"
+            self._on_change()
+            return False
+        self._notice = ""
+        return True
+
+    def _may_try_again(self) -> bool:
+        """Wait until the next attempt to save; False when the answer has to end now."""
+        deadline = time.monotonic() + SAVE_EVERY_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                if self._inbox.get(timeout=left_s) in ("suspend", "abandon"):
+                    return False
+        return True
+
+
+class _Pump:
+    """Reads one generation to its end on a thread of its own and closes it when told to."""
+
+    def __init__(
+        self,
+        open_stream: Callable[[], Iterator[GenerationChunk]],
+        inbox: queue.SimpleQueue[GenerationChunk | PreScopeError | _Signal],
+    ) -> None:
+        self._open_stream = open_stream
+        self._inbox = inbox
+        self._cancelled = threading.Event()
+        self._stream: Iterator[GenerationChunk] | None = None
+        self._thread = threading.Thread(target=self._run, name="answer-pump", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Close the generation: at once where it allows that, else with its next chunk."""
+        self._cancelled.set()
+        if self._stream is not None and not isinstance(self._stream, types.GeneratorType):
+            _close(self._stream)
+
+    def _run(self) -> None:
+        try:
+            stream = self._stream = self._open_stream()
+            if self._cancelled.is_set():
+                _close(stream)
+            for chunk in stream:
+                if not isinstance(chunk, Accepted):
+                    self._inbox.put(chunk)
+                if self._cancelled.is_set():
+                    _close(stream)
+                    break
+        except PreScopeError as error:
+            self._inbox.put(error)
+        finally:
+            self._inbox.put("end")
+
+
+def _close(stream: Iterator[GenerationChunk]) -> None:
+    close = getattr(stream, "close", None)
+    if close is not None:
+        with contextlib.suppress(PreScopeError):
+            close()

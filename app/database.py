@@ -1,0 +1,177 @@
+"""Opening the chats file: its schema, its migrations, and what to do when it is damaged.
+
+`open_database` returns the one connection, locked exclusively until it is closed. A file of a
+newer schema is refused untouched; a damaged one is moved aside, never deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime.errors import PreScopeError
+
+APPLICATION_ID = 0x50537065
+FILE_NAME = "history.sqlite3"
+
+
+class HistoryError(PreScopeError):
+    """The chats on disk cannot be read or written."""
+
+
+Migration = Callable[[sqlite3.Connection], None]
+
+
+def _v1_conversations_and_messages(db: sqlite3.Connection) -> None:
+    db.execute(
+        "CREATE TABLE conversations (id TEXT PRIMARY KEY, title TEXT NOT NULL,"
+        " created_s REAL NOT NULL, updated_s REAL NOT NULL) WITHOUT ROWID"
+    )
+    db.execute("CREATE INDEX conversations_by_time ON conversations (updated_s DESC)")
+    db.execute(
+        "CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT,"
+        " conversation_id TEXT NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,"
+        " role TEXT NOT NULL CHECK (role IN ('user', 'assistant')),"
+        " state TEXT NOT NULL CHECK (state IN ('complete', 'partial', 'stopped', 'failed')),"
+        " content TEXT NOT NULL, reasoning TEXT NOT NULL DEFAULT '',"
+        " stats TEXT NOT NULL DEFAULT '{}', error TEXT NOT NULL DEFAULT '',"
+        " created_s REAL NOT NULL)"
+    )
+    db.execute("CREATE INDEX messages_by_conversation ON messages (conversation_id, id)")
+    db.execute("CREATE TABLE search_index (stale INTEGER NOT NULL)")
+    db.execute("INSERT INTO search_index VALUES (1)")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_v1_conversations_and_messages,)
+
+
+def open_database(
+    folder: Path, migrations: Sequence[Migration] = MIGRATIONS
+) -> tuple[sqlite3.Connection, list[str]]:
+    """Return the connection and what a person should know about how the file was found.
+
+    Raises:
+        HistoryError: the file is of a newer schema, in use, or its folder cannot be written.
+    """
+    path = folder / FILE_NAME
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        raise HistoryError(
+            f"The folder for chats cannot be written: {folder} ({error.strerror}).",
+            "Choose another data folder with --data-dir, or free the disk.",
+        ) from error
+    notices: list[str] = []
+    try:
+        return _open_sound(path, migrations), notices
+    except sqlite3.OperationalError as error:
+        raise _unavailable(path, error) from error
+    except sqlite3.DatabaseError as error:
+        kept = _move_aside(path)
+        notices.append(
+            f"The file of chats was damaged ({error}). It was kept as {kept}; "
+            "a new one was started."
+        )
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    return _open_sound(path, migrations), notices
+
+
+def search_available(db: sqlite3.Connection) -> bool:
+    """Set up full-text search on this connection; False where SQLite cannot do it.
+
+    The index is kept by temporary triggers, so an SQLite without FTS5 can still write the same
+    file: it marks the index stale, and the next one that can rebuilds it. A partial answer is
+    indexed when it ends.
+    """
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(
+            "CREATE VIRTUAL TABLE IF NOT EXISTS message_words USING"
+            " fts5(content, content='messages', content_rowid='id', tokenize='trigram')"
+        )
+        if db.execute("SELECT stale FROM search_index").fetchone()[0]:
+            db.execute("INSERT INTO message_words (message_words) VALUES ('rebuild')")
+        forget = (
+            "INSERT INTO message_words (message_words, rowid, content)"
+            " VALUES ('delete', old.id, old.content);"
+        )
+        learn = "INSERT INTO message_words (rowid, content) VALUES (new.id, new.content);"
+        for name, moment, body in (
+            ("added", "INSERT ON main.messages WHEN new.state <> 'partial'", learn),
+            ("removed", "DELETE ON main.messages WHEN old.state <> 'partial'", forget),
+            ("left", "UPDATE ON main.messages WHEN old.state <> 'partial'", forget),
+            ("came", "UPDATE ON main.messages WHEN new.state <> 'partial'", learn),
+        ):
+            db.execute(f"CREATE TEMP TRIGGER message_{name} AFTER {moment} BEGIN {body} END")
+        db.execute("UPDATE search_index SET stale = 0")
+        db.execute("COMMIT")
+    except sqlite3.OperationalError:
+        db.execute("ROLLBACK")
+        db.execute("UPDATE search_index SET stale = 1")
+        return False
+    return True
+
+
+def _open_sound(path: Path, migrations: Sequence[Migration]) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
+    try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        version = int(db.execute("PRAGMA user_version").fetchone()[0])
+        if version > len(migrations):
+            raise HistoryError(
+                f"The chats in {path} have schema version {version}, written by a newer PreScope;"
+                f" this one knows version {len(migrations)}. Nothing was changed.",
+                "Update PreScope, or start it with another --data-dir.",
+            )
+        found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+        if found != ["ok"]:
+            raise sqlite3.DatabaseError("; ".join(str(line) for line in found))
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "secure_delete = ON",
+            "temp_store = MEMORY",
+            "foreign_keys = ON",
+        ):
+            db.execute(f"PRAGMA {pragma}")
+        db.execute("BEGIN IMMEDIATE")
+        for number in range(version, len(migrations)):
+            migrations[number](db)
+        db.execute(f"PRAGMA user_version = {len(migrations)}")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _unavailable(path: Path, error: sqlite3.Error) -> HistoryError:
+    if "locked" in str(error):
+        return HistoryError(
+            f"The chats in {path} are in use by another PreScope.",
+            "Use the window that is already open, or close it and start again.",
+        )
+    return HistoryError(
+        f"The chats in {path} cannot be opened: {error}.",
+        "Check that the disk is not full and that the folder can be written.",
+    )
+
+
+def _move_aside(path: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    number = 0
+    while (kept := path.with_name(f"{path.name}.damaged-{stamp}-{number}")).exists():
+        number += 1
+    path.rename(kept)
+    for suffix in ("-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
+    return kept
