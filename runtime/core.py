@@ -37,7 +37,8 @@ class HardwareProfile:
     consumed by computing experts on the CPU, alone and while the link copies. `cpu_call_s` and
     `link_call_s` are the fixed costs of one hand-off. `device_bytes_per_s` is the rate at which
     the device consumes expert weights; `device_layer_s` is a layer's dense work for one token.
-    `host_layer_s` is host time per MoE layer.
+    `host_layer_s` is host time per MoE layer. `*_tokens_per_pass` is how many more tokens for one
+    expert cost as much as reading its weights once more: below it work is bound by memory.
     """
 
     device_kind: DeviceKind
@@ -55,6 +56,8 @@ class HardwareProfile:
     device_bytes_per_s: Reading
     device_layer_s: Reading
     host_layer_s: Reading
+    cpu_tokens_per_pass: Reading = Reading(16.0, "assumed")
+    device_tokens_per_pass: Reading = Reading(256.0, "assumed")
 
     @property
     def emulated(self) -> bool:

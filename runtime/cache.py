@@ -1,0 +1,176 @@
+"""The cache table: which expert is in which slot, and who has to go.
+
+Pure bookkeeping, no torch. One thread owns the table. A slot goes FREE -> LOADING -> READY ->
+FREE; a pinned or loading slot is never a victim; evicting is forgetting, because the master copy
+of every expert stays in the store.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.core import ExpertId
+
+
+class SlotState(Enum):
+    FREE = "free"
+    LOADING = "loading"
+    READY = "ready"
+
+
+@dataclass
+class Slot:
+    """One slot. `unused_prefetch_bytes` is what a prefetch brought that nobody used yet."""
+
+    state: SlotState = SlotState.FREE
+    expert: ExpertId | None = None
+    pins: int = 0
+    unused_prefetch_bytes: int = 0
+
+
+class CacheTable:
+    """Slots of one global pool over all layers, evicted least recently used first.
+
+    `capacity` may shrink and grow below the number of slots that were allocated: slots from
+    `capacity` up are emptied as soon as nobody pins or fills them.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = [Slot() for _ in range(slots)]
+        self._where: OrderedDict[ExpertId, int] = OrderedDict()
+        self._free = list(range(slots - 1, -1, -1))
+        self.capacity = slots
+
+    @property
+    def used(self) -> int:
+        return len(self._where)
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def slot(self, number: int) -> Slot:
+        return self._slots[number]
+
+    def find(self, expert: ExpertId) -> int | None:
+        """Return the slot that holds or awaits `expert`, or None."""
+        return self._where.get(expert)
+
+    def experts(self) -> list[ExpertId]:
+        """Return what the slots hold or await, least recently used first."""
+        return list(self._where)
+
+    def unawaited(self) -> list[ExpertId]:
+        """Return what is being copied without anybody waiting for it."""
+        loading = SlotState.LOADING
+        slots = ((expert, self._slots[number]) for expert, number in self._where.items())
+        return [expert for expert, slot in slots if slot.state is loading and not slot.pins]
+
+    def touch(self, expert: ExpertId) -> None:
+        """Make `expert` the last one to be evicted."""
+        self._where.move_to_end(expert)
+
+    def reserve(self, expert: ExpertId) -> tuple[int, Slot | None] | None:
+        """Give `expert` a LOADING slot: a free one, else the least recently used victim's.
+
+        Returns:
+            The slot and what was evicted from it (None if it was free), or None if every slot is
+            pinned or loading.
+        """
+        assert expert not in self._where, f"{expert} already has a slot"
+        victim = None
+        if self._free:
+            number = self._free.pop()
+        else:
+            found = self._victim()
+            if found is None:
+                return None
+            number = found
+            victim = self._forget(number)
+        slot = self._slots[number]
+        slot.state, slot.expert = SlotState.LOADING, expert
+        self._where[expert] = number
+        return number, victim
+
+    def landed(self, number: int) -> None:
+        """LOADING -> READY."""
+        slot = self._slots[number]
+        assert slot.state is SlotState.LOADING, f"slot {number} is {slot.state.value}"
+        slot.state = SlotState.READY
+
+    def release(self, number: int) -> Slot:
+        """Empty a slot that nobody pins, whatever its state; return what it held."""
+        slot = self._forget(number)
+        if number < self.capacity:
+            self._free.append(number)
+        return slot
+
+    def pin(self, number: int) -> None:
+        self._slots[number].pins += 1
+
+    def unpin(self, number: int) -> None:
+        slot = self._slots[number]
+        assert slot.pins > 0, f"slot {number} is not pinned"
+        slot.pins -= 1
+
+    def resize(self, capacity: int) -> list[Slot]:
+        """Allow `capacity` of the allocated slots; return what was evicted now.
+
+        Slots beyond it that are pinned or loading are emptied by `trim`, once they can be.
+        """
+        assert 0 < capacity <= len(self._slots), f"{capacity} of {len(self._slots)} slots"
+        grown = range(self.capacity, capacity)
+        self.capacity = capacity
+        self._free = [number for number in self._free if number < capacity]
+        self._free += [n for n in grown if self._slots[n].state is SlotState.FREE]
+        return self.trim()
+
+    def trim(self) -> list[Slot]:
+        """Empty the slots beyond `capacity` that can be emptied; return what they held."""
+        if self.capacity == len(self._slots):
+            return []
+        beyond = range(self.capacity, len(self._slots))
+        return [self.release(number) for number in beyond if self._evictable(number)]
+
+    def check(self) -> None:
+        """Raise AssertionError with the numbers if the table contradicts itself."""
+        held = {n for n, slot in enumerate(self._slots) if slot.state is not SlotState.FREE}
+        assert held == set(self._where.values()), (sorted(held), sorted(self._where.values()))
+        assert len(self._free) == len(set(self._free)), f"a slot is free twice: {self._free}"
+        assert not held & set(self._free), sorted(held & set(self._free))
+        free_within = {n for n in range(self.capacity) if n not in held}
+        assert free_within == set(self._free), (sorted(free_within), sorted(self._free))
+        for expert, number in self._where.items():
+            assert self._slots[number].expert == expert, (expert, self._slots[number])
+
+    def _victim(self) -> int | None:
+        return next((n for n in self._where.values() if self._evictable(n)), None)
+
+    def _evictable(self, number: int) -> bool:
+        slot = self._slots[number]
+        return slot.state is SlotState.READY and slot.pins == 0
+
+    def _forget(self, number: int) -> Slot:
+        slot = self._slots[number]
+        assert slot.pins == 0, f"slot {number} is pinned {slot.pins} times"
+        assert slot.expert is not None, f"slot {number} is free already"
+        del self._where[slot.expert]
+        self._slots[number] = Slot()
+        return slot
+
+
+class UseHistory:
+    """How often each expert was used lately, halved every `half_life` passes."""
+
+    def __init__(self, half_life: float = 16.0) -> None:
+        self._half_life = half_life
+        self._scores: dict[ExpertId, tuple[float, int]] = {}
+
+    def use(self, expert: ExpertId, now_pass: int) -> None:
+        self._scores[expert] = (self.score(expert, now_pass) + 1.0, now_pass)
+
+    def score(self, expert: ExpertId, now_pass: int) -> float:
+        score, last = self._scores.get(expert, (0.0, now_pass))
+        return float(score * 0.5 ** ((now_pass - last) / self._half_life))

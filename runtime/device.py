@@ -1,0 +1,142 @@
+"""The one seam to hardware: what the executor, the link and the transfer driver may ask of it.
+
+`CudaDevice` and `EmulatedDevice` keep the same promises; `HostDevice` has no slots and computes in
+place. Which one it is, is chosen once, in `open_device`; nothing else asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from runtime.core import HardwareProfile, MemoryPlan
+
+
+class Stream(Enum):
+    """Work on one stream runs in order; between streams only fences order anything."""
+
+    COPY = "copy"
+    COMPUTE = "compute"
+
+
+class Fence(Protocol):
+    """A point on a stream. Opaque to everyone but the device that recorded it."""
+
+
+class Device(Protocol):
+    """A card with slots, or something that behaves like one.
+
+    The engine thread calls everything but `copy`, `stage` and `synchronize`, which the transfer
+    driver calls, and `now_s`, which anybody may call. Times are seconds of `now_s`.
+    """
+
+    torch_device: torch.device
+    emulated: bool
+
+    def now_s(self) -> float:
+        """Return the time all stamps of this device are on."""
+        ...
+
+    def allocate_slots(self, slots: int, slot_bytes: int) -> torch.Tensor:
+        """Return (slots, slot_bytes) uint8 on the device, allocated once; never freed while used.
+
+        Raises:
+            MemoryPlanError: the device has not got that much.
+        """
+        ...
+
+    def allocate_host(self, size_bytes: int) -> torch.Tensor:
+        """Return `size_bytes` uint8 of host memory, pinned where the system allows it."""
+        ...
+
+    def is_pinned(self, host: torch.Tensor) -> bool:
+        """Say whether the link may read `host` directly."""
+        ...
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Return the context in which a forward pass runs on the compute stream."""
+        ...
+
+    def begin_layer(self, tokens: int) -> None:
+        """Note that a MoE layer of `tokens` rows starts; its routing has reached the host."""
+        ...
+
+    def copy(
+        self, slot: int, target: torch.Tensor, source: torch.Tensor, ready_s: float, first: bool
+    ) -> tuple[float, Fence]:
+        """Copy bytes into a slot on the copy stream; return when it begins and its done fence.
+
+        Raises:
+            TransferError: the copy could not be issued.
+        """
+        ...
+
+    def stage(self, buffer: int, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Fill a staging buffer from host memory that the link cannot read directly."""
+        ...
+
+    def staged(self, buffer: int) -> None:
+        """Note that the next copy reads from staging buffer `buffer`."""
+        ...
+
+    def launch(self, slot: int, size_bytes: int, tokens: int, compute: Callable[[], None]) -> None:
+        """Run `compute`, which reads `slot`, on the compute stream without waiting for it."""
+        ...
+
+    def on_cpu(
+        self, work: Sequence[tuple[int, int]], backlog_bytes: int, compute: Callable[[], None]
+    ) -> float:
+        """Run `compute` for experts of (bytes, tokens) on the CPU; return the seconds it took."""
+        ...
+
+    def record(self, stream: Stream) -> Fence:
+        """Return a fence behind all that is on `stream` now."""
+        ...
+
+    def wait(self, stream: Stream, fence: Fence) -> None:
+        """Let what follows on `stream` wait for `fence`; the caller does not wait."""
+        ...
+
+    def synchronize(self, fence: Fence) -> float:
+        """Let the calling thread wait for `fence`; return when it was reached."""
+        ...
+
+    def reached(self, at_s: float) -> None:
+        """Tell the device that the engine thread saw something that happened at `at_s`."""
+        ...
+
+    def busy_until_s(self) -> float:
+        """Return when the compute stream will be idle, as far as the device can tell."""
+        ...
+
+    def wait_for_compute(self) -> None:
+        """Let the engine thread wait for the compute stream."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; the device is not used again."""
+        ...
+
+
+def open_device(
+    profile: HardwareProfile, plan: MemoryPlan, *, virtual_clock: bool = False
+) -> Device:
+    """Open the device that `profile` describes, allowed to use what `plan` says.
+
+    `virtual_clock` lets an emulated device run on modelled time alone: nothing sleeps.
+    """
+    if profile.device_kind == "cuda":
+        from runtime.device_cuda import CudaDevice
+
+        return CudaDevice(plan.budget_bytes)
+    if profile.device_kind == "emulated":
+        from runtime.device_emulated import EmulatedDevice
+
+        return EmulatedDevice(profile, virtual_clock=virtual_clock)
+    from runtime.device_host import HostDevice
+
+    return HostDevice()

@@ -1,0 +1,211 @@
+"""What the link copies next: transfers, their chunks, and the order between them.
+
+Pure, no threads. Whoever drives the queue (the transfer thread under its lock, or the pump under
+a virtual clock) issues one chunk at a time, so a demand overtakes a prefetch at the next chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.core import ExpertId
+
+CHUNKS_IN_FLIGHT = 2
+
+
+class Cause(Enum):
+    DEMAND = "on demand"
+    PREFETCH = "prefetch"
+
+
+class Outcome(Enum):
+    LANDED = "landed"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Order: copy `expert` into `slot`. Prefetches go by `deadline_s`, demands by age."""
+
+    expert: ExpertId
+    slot: int
+    size_bytes: int
+    cause: Cause
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Order: somebody waits for this prefetch now."""
+
+    expert: ExpertId
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Order: give this transfer up; its slot comes back once no chunk of it is on the stream."""
+
+    expert: ExpertId
+
+
+Order = Submit | Promote | Cancel
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one transfer on its way: `offset_bytes` to `offset_bytes + size_bytes`."""
+
+    expert: ExpertId
+    slot: int
+    offset_bytes: int
+    size_bytes: int
+    ready_s: float
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class TransferEnded:
+    """A transfer left the queue at `at_s`; `issued_bytes` of it went over the link."""
+
+    expert: ExpertId
+    slot: int
+    outcome: Outcome
+    issued_bytes: int
+    at_s: float
+
+
+@dataclass
+class _Transfer:
+    order: Submit
+    age: int
+    submitted_s: float
+    demanded: bool
+    issued_bytes: int = 0
+    in_flight: int = 0
+    cancelled: bool = False
+    failed: bool = False
+
+
+class TransferQueue:
+    """Transfers by expert; at most `CHUNKS_IN_FLIGHT` chunks issued and not yet landed."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        assert chunk_bytes > 0, chunk_bytes
+        self._chunk_bytes = chunk_bytes
+        self._transfers: dict[ExpertId, _Transfer] = {}
+        self._ages = 0
+        self._in_flight = 0
+        self.issued_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes that were asked for and not yet issued."""
+        return sum(
+            t.order.size_bytes - t.issued_bytes
+            for t in self._transfers.values()
+            if not (t.cancelled or t.failed)
+        )
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes issued for transfers that have not ended."""
+        return sum(t.issued_bytes for t in self._transfers.values())
+
+    def apply(self, order: Order, now_s: float) -> TransferEnded | None:
+        """Carry out one order; a cancel that takes effect at once returns the ended transfer.
+
+        Submitting an expert that is queued already promotes it, and takes a cancel back.
+        """
+        if isinstance(order, Submit):
+            known = self._transfers.get(order.expert)
+            if known is not None:
+                known.demanded |= order.cause is Cause.DEMAND
+                known.cancelled = False
+                return None
+            self._ages += 1
+            demanded = order.cause is Cause.DEMAND
+            self._transfers[order.expert] = _Transfer(order, self._ages, now_s, demanded)
+            return None
+        transfer = self._transfers.get(order.expert)
+        if transfer is None:
+            return None
+        if isinstance(order, Promote):
+            transfer.demanded = True
+            transfer.cancelled = False
+            return None
+        transfer.cancelled = True
+        return self._ended(transfer, now_s)
+
+    def next_chunk(self) -> Chunk | None:
+        """Issue the most urgent chunk, or return None if nothing may be issued now."""
+        if self._in_flight >= CHUNKS_IN_FLIGHT:
+            return None
+        waiting = [
+            t
+            for t in self._transfers.values()
+            if t.issued_bytes < t.order.size_bytes and not (t.cancelled or t.failed)
+        ]
+        if not waiting:
+            return None
+        transfer = min(waiting, key=_urgency)
+        offset = transfer.issued_bytes
+        size = min(self._chunk_bytes, transfer.order.size_bytes - offset)
+        transfer.issued_bytes += size
+        transfer.in_flight += 1
+        self._in_flight += 1
+        self.issued_bytes += size
+        return Chunk(
+            transfer.order.expert,
+            transfer.order.slot,
+            offset,
+            size,
+            transfer.submitted_s,
+            first=offset == 0,
+            last=transfer.issued_bytes == transfer.order.size_bytes,
+        )
+
+    def landed(self, chunk: Chunk, at_s: float) -> TransferEnded | None:
+        """Note that a chunk arrived; return its transfer if that ends it."""
+        return self._chunk_done(chunk, at_s, failed=False)
+
+    def failed(self, chunk: Chunk, at_s: float) -> TransferEnded | None:
+        """Note that a chunk's copy failed; the rest of its transfer is given up."""
+        return self._chunk_done(chunk, at_s, failed=True)
+
+    def _chunk_done(self, chunk: Chunk, at_s: float, failed: bool) -> TransferEnded | None:
+        transfer = self._transfers[chunk.expert]
+        transfer.in_flight -= 1
+        self._in_flight -= 1
+        transfer.failed |= failed
+        return self._ended(transfer, at_s)
+
+    def _ended(self, transfer: _Transfer, at_s: float) -> TransferEnded | None:
+        if transfer.in_flight:
+            return None
+        if transfer.failed:
+            outcome = Outcome.FAILED
+        elif transfer.issued_bytes == transfer.order.size_bytes:
+            outcome = Outcome.LANDED
+        elif transfer.cancelled:
+            outcome = Outcome.CANCELLED
+        else:
+            return None
+        order = transfer.order
+        del self._transfers[order.expert]
+        return TransferEnded(order.expert, order.slot, outcome, transfer.issued_bytes, at_s)
+
+
+def _urgency(transfer: _Transfer) -> tuple[bool, float, int]:
+    if transfer.demanded:
+        return False, 0.0, transfer.age
+    return True, transfer.order.deadline_s, transfer.age
