@@ -1,0 +1,1 @@
+"""How PreScope's built-in model is made: corpus, training, evaluation, routing metrics."""
