@@ -1,7 +1,7 @@
 """The one seam to hardware: what the executor, the link and the transfer driver may ask of it.
 
 `CudaDevice` and `EmulatedDevice` keep the same promises; `HostDevice` has no slots and computes in
-place. Which one it is, is chosen once, in `open_device`; nothing else asks.
+place. Which one it is, is chosen once, in `device_choice`; nothing else asks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from enum import Enum
 from typing import Protocol
 
 import torch
-
-from runtime.core import HardwareProfile, MemoryPlan
 
 
 class Stream(Enum):
@@ -120,23 +118,3 @@ class Device(Protocol):
     def close(self) -> None:
         """Give everything back; the device is not used again."""
         ...
-
-
-def open_device(
-    profile: HardwareProfile, plan: MemoryPlan, *, virtual_clock: bool = False
-) -> Device:
-    """Open the device that `profile` describes, allowed to use what `plan` says.
-
-    `virtual_clock` lets an emulated device run on modelled time alone: nothing sleeps.
-    """
-    if profile.device_kind == "cuda":
-        from runtime.device_cuda import CudaDevice
-
-        return CudaDevice(plan.budget_bytes)
-    if profile.device_kind == "emulated":
-        from runtime.device_emulated import EmulatedDevice
-
-        return EmulatedDevice(profile, virtual_clock=virtual_clock)
-    from runtime.device_host import HostDevice
-
-    return HostDevice()

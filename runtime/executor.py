@@ -204,8 +204,8 @@ class Executor:
         return work.math.combine(work.rows, top_k_index)
 
     def resize(self, slots: int) -> None:
-        """Use only `slots` of the allocated slots from the next layer on."""
-        self.residency.resize(slots)
+        """Use only `slots` of the allocated slots; called between two layers."""
+        self.order(self.residency.resize(slots).orders)
 
     def close(self) -> None:
         """End the transfer thread and give the device back; safe to call twice."""

@@ -115,6 +115,8 @@ class Residency:
         The bytes count as used, late or wasted once that shows.
         """
         orders: list[Order] = []
+        if self._open is not None and self._open.for_slot:
+            return Steps()
         for expert in experts:
             if self.cache.find(expert) is not None:
                 continue
@@ -175,10 +177,11 @@ class Residency:
                 self._unpin(expert)
             self._open = None
 
-    def resize(self, slots: int) -> None:
+    def resize(self, slots: int) -> Steps:
         """Use only `slots` of the allocated slots from now on."""
         for evicted in self.cache.resize(slots):
             self._count_eviction(evicted)
+        return Steps(self._fill_slots())
 
     def _join(self, expert: ExpertId, slot: Slot) -> None:
         """Wait for a copy that is under way already."""

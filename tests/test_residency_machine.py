@@ -155,7 +155,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule(slots=st.integers(1, SLOTS))
     def resize(self, slots: int) -> None:
-        self.residency.resize(slots)
+        self.carry_out(self.residency.resize(slots))
 
     @invariant()
     def table_is_consistent(self) -> None:
