@@ -239,7 +239,7 @@ def _read(path: Path) -> tuple[Settings, list[str]]:
 def _keep_bad(path: Path, raw: bytes) -> Path:
     kept = path.with_name(path.name + ".bad")
     try:
-        _replace(kept, raw)
+        write_private(kept, raw)
     except OSError:
         return path
     return kept
@@ -247,10 +247,10 @@ def _keep_bad(path: Path, raw: bytes) -> Path:
 
 def _write(path: Path, settings: Settings) -> None:
     record = {"version": VERSION, **dataclasses.asdict(settings)}
-    _replace(path, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+    write_private(path, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one. Mode 0600."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")

@@ -1,0 +1,106 @@
+"""The live stream: one producer for all pages, latest value only, silent while nothing moves.
+
+Nothing runs while no page listens. A page that reads slowly skips values; nothing piles up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from app.panel import Limit, limit
+from runtime.client import EngineClient
+from runtime.core import EngineStatus, TelemetrySnapshot
+
+TICK_S = 0.25
+KEEP_ALIVE_S = 5.0
+
+
+class LiveFeed:
+    """Owns the producer task; used from the server's event loop, except `stop`."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self._listeners: set[asyncio.Event] = set()
+        self._event = b""
+        self._seen: tuple[EngineStatus, TelemetrySnapshot | None] | None = None
+        self._producer: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = False
+        self.serialised = 0
+
+    async def respond(self, request: Request) -> StreamingResponse:
+        """Answer `GET /live`."""
+        return StreamingResponse(
+            self._stream(),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    def stop(self) -> None:
+        """End every stream, now and later; any thread."""
+        self._stopped = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        for news in self._listeners:
+            news.set()
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._listeners.add(news)
+        try:
+            self._produce()
+            if self._producer is None:
+                self._producer = asyncio.create_task(self._run())
+            yield self._event
+            while not self._stopped:
+                try:
+                    await asyncio.wait_for(news.wait(), KEEP_ALIVE_S)
+                except asyncio.TimeoutError:
+                    yield b": still here\n\n"
+                    continue
+                news.clear()
+                if not self._stopped:
+                    yield self._event
+        finally:
+            self._listeners.discard(news)
+
+    async def _run(self) -> None:
+        try:
+            while self._listeners and not self._stopped:
+                await asyncio.sleep(TICK_S)
+                if self._produce():
+                    self._wake()
+        finally:
+            self._producer = None
+
+    def _produce(self) -> bool:
+        """Serialise the engine's picture if it changed; return whether it did."""
+        seen = (self._engine.status(), self._engine.snapshot())
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        self._event = b"data: " + payload(*seen).encode() + b"\n\n"
+        self.serialised += 1
+        return True
+
+
+def payload(status: EngineStatus, snapshot: TelemetrySnapshot | None) -> str:
+    """Return the JSON of one event: `status`, `snapshot` or null, and what limits speed now."""
+    slowest: Limit = limit(status, snapshot)
+    return json.dumps(
+        {
+            "status": dataclasses.asdict(status),
+            "snapshot": None if snapshot is None else dataclasses.asdict(snapshot),
+            "limit": dataclasses.asdict(slowest),
+        },
+        separators=(",", ":"),
+    )
