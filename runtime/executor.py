@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,8 +19,10 @@ from runtime.device import Device
 from runtime.errors import ConfigError
 from runtime.formats import ExpertFormat
 from runtime.kernels import ExpertMath, views
+from runtime.layer_rows import LayerRows, open_rows
+from runtime.layer_run import run_layer
 from runtime.link import Link, chunk_bytes_for
-from runtime.residency import Residency, run_layer
+from runtime.residency import Residency
 from runtime.scheduler import Costs
 from runtime.store import ExpertStore
 from runtime.telemetry import Counters
@@ -43,20 +44,6 @@ class MoeLayer(Protocol):
 
     @property
     def format(self) -> ExpertFormat: ...
-
-
-@dataclass
-class _LayerWork:
-    """The rows of the layer being run. Spans index the rows sorted by (expert, k, token)."""
-
-    layer: int
-    math: ExpertMath
-    hidden: torch.Tensor
-    weights: torch.Tensor
-    rows: torch.Tensor
-    token_of: torch.Tensor
-    row_of: torch.Tensor
-    spans: Mapping[int, tuple[int, int]]
 
 
 class Executor:
@@ -100,7 +87,7 @@ class Executor:
         self._closing = ExitStack()
         self._closing.callback(device.close)
         self._closing.callback(self._transfer.close)
-        self._work: _LayerWork | None = None
+        self._rows: LayerRows | None = None
 
     @property
     def policy(self) -> PolicyName:
@@ -187,21 +174,20 @@ class Executor:
             (tokens, hidden): what transformers' `eager` experts return, bit for bit on the same
             device, dtype, chunking and batch.
         """
-        work = self._open(layer, hidden_states, top_k_index, top_k_weights)
-        demands = {expert: end - begin for expert, (begin, end) in work.spans.items()}
+        rows = open_rows(self._layers[layer].math, hidden_states, top_k_index, top_k_weights)
         if self._observe is not None:
-            self._observe(layer, demands)
+            self._observe(layer, rows.demands)
         self._device.begin_layer(hidden_states.shape[0])
-        self._work = work
+        self._rows = rows
         finished = False
         try:
-            run_layer(self.residency, self, layer, demands)
+            run_layer(self.residency, self, layer, rows.demands)
             finished = True
         finally:
-            self._work = None
+            self._rows = None
             if not finished:
                 self.residency.abandon_layer()
-        return work.math.combine(work.rows, top_k_index)
+        return rows.combined()
 
     def resize(self, slots: int) -> None:
         """Use only `slots` of the allocated slots; called between two layers."""
@@ -229,33 +215,27 @@ class Executor:
         self._transfer.order(orders, self._device.now_s())
 
     def compute(self, expert: ExpertId, slot: int) -> None:
-        work = self._work
-        assert work is not None
-        begin, end = work.spans[expert.expert]
-        parts = self._views_of(slot, self._layers[work.layer].format)
-
-        def compute() -> None:
-            _compute_rows(work, parts, begin, end)
-
-        size_bytes = self._layers[work.layer].format.size_bytes
-        self._device.launch(slot, size_bytes, end - begin, compute)
+        rows, layout = self._rows, self._layers[expert.layer].format
+        assert rows is not None
+        parts = self._views_of(slot, layout)
+        tokens = rows.demands[expert.expert]
+        self._device.launch(
+            slot, layout.size_bytes, tokens, lambda: rows.compute(expert.expert, parts)
+        )
 
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        work = self._work
-        assert work is not None
-        layer = self._layers[work.layer]
+        rows = self._rows
+        assert rows is not None
 
         def compute() -> None:
             for expert in experts:
-                begin, end = work.spans[expert.expert]
-                parts = views(self._store.bytes_of(expert), layer.format)
-                _compute_rows(work, parts, begin, end)
+                layout = self._layers[expert.layer].format
+                rows.compute(expert.expert, views(self._store.bytes_of(expert), layout))
 
-        size_bytes = layer.format.size_bytes
-        spans = [work.spans[expert.expert] for expert in experts]
-        sizes = [(size_bytes, end - begin) for begin, end in spans]
+        layout_bytes = self._layers[experts[0].layer].format.size_bytes
+        work = [(layout_bytes, rows.demands[expert.expert]) for expert in experts]
         backlog_bytes = self._transfer.backlog_bytes
-        self._counters.cpu_expert_s += self._device.on_cpu(sizes, backlog_bytes, compute)
+        self._counters.cpu_expert_s += self._device.on_cpu(work, backlog_bytes, compute)
 
     def ended(self, wait: bool) -> Sequence[TransferEnded]:
         events = self._transfer.ended(self._device.now_s(), wait)
@@ -266,28 +246,6 @@ class Executor:
             self._device.reached(events[-1].at_s)
         return events
 
-    def _open(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> _LayerWork:
-        """Sort the routed rows by expert; within one, by (k, token) as `eager` takes them."""
-        tokens, k = top_k_index.shape
-        math = self._layers[layer].math
-        rows = math.empty_rows(tokens * k, hidden)
-        by_k = top_k_index.t().reshape(-1)
-        chosen, order = torch.sort(by_k, stable=True)
-        token_of, k_of = order % tokens, order // tokens
-        weights = top_k_weights[token_of, k_of].unsqueeze(-1)
-        spans: dict[int, tuple[int, int]] = {}
-        for position, expert in enumerate(chosen.tolist()):
-            begin, _ = spans.get(expert, (position, position))
-            spans[expert] = (begin, position + 1)
-        row_of = token_of * k + k_of
-        return _LayerWork(layer, math, hidden, weights, rows, token_of, row_of, spans)
-
     def _views_of(self, slot: int, layout: ExpertFormat) -> dict[str, torch.Tensor]:
         key = (slot, layout)
         known = self._slot_views.get(key)
@@ -295,13 +253,3 @@ class Executor:
             known = views(self._slab[slot, : layout.size_bytes], layout)
             self._slot_views[key] = known
         return known
-
-
-def _compute_rows(
-    work: _LayerWork, parts: Mapping[str, torch.Tensor], begin: int, end: int
-) -> None:
-    """Compute rows `begin` to `end` with one expert's weights, wherever those are."""
-    device = next(iter(parts.values())).device
-    x = work.hidden[work.token_of[begin:end]].to(device)
-    rows = work.math.rows(parts, x, work.weights[begin:end].to(device))
-    work.rows[work.row_of[begin:end]] = rows.to(work.rows.device)

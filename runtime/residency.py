@@ -1,8 +1,8 @@
 """Which expert is where, decided from events: routed, transfer ended, computed, budget changed.
 
 Pure: no torch, no threads, no clock of its own. Two drivers carry out what it decides, the
-executor on a real or emulated device and the simulator on a ledger; both go through `run_layer`,
-so on one trace both count the same. The engine thread owns it.
+executor on a real or emulated device and the simulator on a ledger; both go through
+`layer_run.run_layer`, so on one trace both count the same. The engine thread owns it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from runtime.cache import CacheTable, Slot, SlotState, UseHistory
 from runtime.core import ExpertId, PolicyName
@@ -279,59 +278,3 @@ class Residency:
     def _count_eviction(self, victim: Slot) -> None:
         self.counters.evictions += 1
         self.counters.link_bytes_prefetch_wasted += victim.unused_prefetch_bytes
-
-
-class LayerPorts(Protocol):
-    """What `run_layer` needs done. The executor does it; the simulator charges it."""
-
-    def now_s(self) -> float: ...
-
-    def busy_until_s(self) -> float:
-        """Return when the device will have computed all it was given."""
-        ...
-
-    def backlog_bytes(self) -> int:
-        """Return the bytes that wait for the link."""
-        ...
-
-    def order(self, orders: Sequence[Order]) -> None:
-        """Pass orders to the transfer queue."""
-        ...
-
-    def compute(self, expert: ExpertId, slot: int) -> None:
-        """Launch one resident expert on the device; do not wait for it."""
-        ...
-
-    def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        """Compute these experts on the CPU, all in one call."""
-        ...
-
-    def ended(self, wait: bool) -> Sequence[TransferEnded]:
-        """Return the transfers that ended since the last call; with `wait`, at least one."""
-        ...
-
-
-def run_layer(
-    residency: Residency, ports: LayerPorts, layer: int, demands: Mapping[int, int]
-) -> None:
-    """Serve one layer: hits first, CPU work while copies fly, loads as they land."""
-    for event in ports.ended(wait=False):
-        _do(residency, ports, residency.ended(event))
-    _do(residency, ports, residency.routed(layer, demands, ports.backlog_bytes()))
-    while residency.waits:
-        idle_from_s = max(ports.now_s(), ports.busy_until_s())
-        events = ports.ended(wait=True)
-        residency.counters.stall_s += max(0.0, ports.now_s() - idle_from_s)
-        for event in events:
-            _do(residency, ports, residency.ended(event))
-    residency.layer_done()
-
-
-def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
-    if steps.orders:
-        ports.order(steps.orders)
-    for expert, slot in steps.compute:
-        ports.compute(expert, slot)
-        _do(residency, ports, residency.computed(expert))
-    if steps.cpu:
-        ports.compute_on_cpu(steps.cpu)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from runtime.cache import CacheTable
 from runtime.core import ExpertId, HardwareProfile, PolicyName
-from runtime.residency import Residency, run_layer
+from runtime.layer_run import run_layer
+from runtime.residency import Residency
 from runtime.scheduler import Costs
 from runtime.telemetry import Counters
 from runtime.timeline import Timeline

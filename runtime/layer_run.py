@@ -1,0 +1,70 @@
+"""The one order in which a layer's steps are done, whoever does them.
+
+Hits start at once and never wait for a copy; the CPU computes while copies fly; loaded experts are
+computed as they land.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from runtime.core import ExpertId
+from runtime.residency import Residency, Steps
+from runtime.transfer_queue import Order, TransferEnded
+
+
+class LayerPorts(Protocol):
+    """What `run_layer` needs done. The executor does it; the simulator charges it."""
+
+    def now_s(self) -> float: ...
+
+    def busy_until_s(self) -> float:
+        """Return when the device will have computed all it was given."""
+        ...
+
+    def backlog_bytes(self) -> int:
+        """Return the bytes that wait for the link."""
+        ...
+
+    def order(self, orders: Sequence[Order]) -> None:
+        """Pass orders to the transfer queue."""
+        ...
+
+    def compute(self, expert: ExpertId, slot: int) -> None:
+        """Launch one resident expert on the device; do not wait for it."""
+        ...
+
+    def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
+        """Compute these experts on the CPU, all in one call."""
+        ...
+
+    def ended(self, wait: bool) -> Sequence[TransferEnded]:
+        """Return the transfers that ended since the last call; with `wait`, at least one."""
+        ...
+
+
+def run_layer(
+    residency: Residency, ports: LayerPorts, layer: int, demands: Mapping[int, int]
+) -> None:
+    """Serve one layer: hits first, CPU work while copies fly, loads as they land."""
+    for event in ports.ended(wait=False):
+        _do(residency, ports, residency.ended(event))
+    _do(residency, ports, residency.routed(layer, demands, ports.backlog_bytes()))
+    while residency.waits:
+        idle_from_s = max(ports.now_s(), ports.busy_until_s())
+        events = ports.ended(wait=True)
+        residency.counters.stall_s += max(0.0, ports.now_s() - idle_from_s)
+        for event in events:
+            _do(residency, ports, residency.ended(event))
+    residency.layer_done()
+
+
+def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
+    if steps.orders:
+        ports.order(steps.orders)
+    for expert, slot in steps.compute:
+        ports.compute(expert, slot)
+        _do(residency, ports, residency.computed(expert))
+    if steps.cpu:
+        ports.compute_on_cpu(steps.cpu)

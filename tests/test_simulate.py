@@ -1,0 +1,106 @@
+"""The simulator: deterministic, never faster than physics, and sensitive to what it models."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.core import POLICIES, PolicyName
+from runtime.link import chunk_bytes_for
+from runtime.simulate import ForwardPass, Simulated, simulate
+from runtime.telemetry import Counters
+from tests.machines import emulated_profile
+
+LAYERS, EXPERTS, K, SIZE = 4, 16, 3, 100_000
+
+
+def trace_of(seed: int, passes: int = 40, tokens: int = 1) -> list[ForwardPass]:
+    """Routing with some locality: each layer prefers a few experts that drift."""
+    draw = random.Random(seed)
+    hot = [draw.sample(range(EXPERTS), 6) for _ in range(LAYERS)]
+    trace = []
+    for _ in range(passes):
+        layers = []
+        for layer in range(LAYERS):
+            if draw.random() < 0.1:
+                hot[layer][draw.randrange(6)] = draw.randrange(EXPERTS)
+            pool = list(set(hot[layer]) | {draw.randrange(EXPERTS)})
+            chosen = sorted(draw.sample(pool, min(K, len(pool))))
+            layers.append(dict.fromkeys(chosen, tokens))
+        trace.append(ForwardPass(tokens, tuple(layers)))
+    return trace
+
+
+def run(trace: list[ForwardPass], policy: PolicyName, slots: int, **profile: float) -> Simulated:
+    machine = emulated_profile(**profile)
+    chunk_bytes = chunk_bytes_for(machine.link_bytes_per_s.value)
+    return simulate(trace, machine, policy, slots, [SIZE] * LAYERS, chunk_bytes)
+
+
+def bound_s(trace: list[ForwardPass], counters: Counters) -> float:
+    """A time that nothing may beat: the rails' own work, with no order between them."""
+    machine = emulated_profile()
+    link_s = counters.link_bytes_issued / machine.link_bytes_per_s.value
+    cpu_s = counters.served_cpu * SIZE / machine.cpu_expert_bytes_per_s.value
+    on_device = counters.routed - counters.served_cpu
+    device_s = on_device * SIZE / machine.device_bytes_per_s.value
+    device_s += len(trace) * LAYERS * machine.device_layer_s.value
+    return max(link_s, cpu_s, device_s)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(POLICIES[:3]), st.integers(1, LAYERS * EXPERTS))
+def test_every_run_closes_repeats_and_respects_the_bound(
+    seed: int, policy: PolicyName, slots: int
+) -> None:
+    trace = trace_of(seed)
+    first, second = run(trace, policy, slots), run(trace, policy, slots)
+    assert first == second
+    c = first.counters
+    assert sum(c.served) == c.routed == sum(len(d) for p in trace for d in p.layers)
+    assert c.link_bytes_issued == c.link_bytes_on_demand + c.link_bytes_pending
+    assert first.total_s >= bound_s(trace, c)
+
+
+def test_more_slots_give_more_hits_and_a_faster_run() -> None:
+    trace = trace_of(3, passes=120)
+    runs = [run(trace, "on-demand", slots) for slots in (4, 16, 32, LAYERS * EXPERTS)]
+    hits = [result.counters.hit_rate for result in runs]
+    assert hits == sorted(hits)
+    times = [result.total_s for result in runs]
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_faster_link_helps_only_who_uses_it() -> None:
+    trace = trace_of(4)
+    slow, fast = (run(trace, "on-demand", 12, link_bytes_per_s=r) for r in (30e6, 120e6))
+    assert fast.total_s < slow.total_s
+    placed = [run(trace, "cpu-only", 12, link_bytes_per_s=rate).total_s for rate in (30e6, 120e6)]
+    assert placed[0] == placed[1]
+
+
+def test_hybrid_is_at_least_as_fast_as_either_rail_alone() -> None:
+    trace = trace_of(5, passes=150)
+    hybrid = run(trace, "hybrid", 16).total_s
+    assert hybrid < run(trace, "on-demand", 16).total_s
+    assert hybrid < run(trace, "cpu-miss", 16).total_s
+
+
+def test_a_prompt_that_needs_more_experts_than_slots_is_served_in_waves() -> None:
+    everyone = {expert: 5 for expert in range(EXPERTS)}
+    trace = [ForwardPass(27, (everyone,) * LAYERS)]
+    counters = run(trace, "on-demand", 2).counters
+    assert counters.served_on_demand == LAYERS * EXPERTS
+    assert counters.evictions == LAYERS * EXPERTS - 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_host_time_is_charged_once_per_layer(policy: PolicyName) -> None:
+    trace = trace_of(6)
+    lean, heavy = (
+        run(trace, policy, LAYERS * EXPERTS, host_layer_s=host_s).total_s for host_s in (0.0, 0.01)
+    )
+    assert heavy - lean == pytest.approx(len(trace) * LAYERS * 0.01, rel=0.02)
