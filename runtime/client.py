@@ -1,7 +1,8 @@
 """The one seam between the app and an engine.
 
-Two implementations are meant: `LocalEngine`, the engine subprocess on this machine, and later a
-remote one in front of any OpenAI-compatible server. This module never imports torch.
+`EngineClient` is what the app may ask. `LocalEngine` is the engine subprocess on this machine;
+later a remote one may stand in front of any OpenAI-compatible server. This module never imports
+torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
+from runtime.local_engine import LocalEngine
+
+__all__ = ["EngineClient", "LocalEngine"]
 
 
 class EngineClient(Protocol):

@@ -1,4 +1,4 @@
-"""Counters that the hot loop adds to, in units that close.
+"""Counters that the hot loop adds to, in units that close, and the pictures made of them.
 
 `Counters` is owned by the engine thread; readers take copies. Bytes over the link close at every
 moment: issued = on demand + prefetch used + late + wasted + cancelled + failed + pending.
@@ -6,7 +6,13 @@ moment: issued = on demand + prefetch used + late + wasted + cancelled + failed 
 
 from __future__ import annotations
 
+import base64
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+
+from runtime.core import GenerationStats, TelemetrySnapshot
 
 
 @dataclass
@@ -61,3 +67,188 @@ class Counters:
         if self.routed == 0:
             return 0.0
         return (self.served_resident + self.served_prefetch_in_time) / self.routed
+
+
+SNAPSHOT_EVERY_S = 0.25
+WINDOW_S = 1.0
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """What an engine reads off its parts when a snapshot or a statistic is due."""
+
+    emulated: bool
+    device: str
+    model: str
+    policy: str
+    counters: Counters
+    heat: bytes
+    layers: int
+    experts: int
+    link_max_bytes_per_s: float
+    vram_used_bytes: int
+    vram_budget_bytes: int
+    ram_used_bytes: int
+    ram_total_bytes: int
+    cache_slots: int
+    cache_slots_used: int
+
+
+@dataclass
+class Timing:
+    """When one generation reached its milestones, on the device's clock.
+
+    `counters` are those at its start, `decode_counters` those at its first token.
+    """
+
+    started_s: float
+    counters: Counters
+    prompt_tokens: int = 0
+    decode_counters: Counters | None = None
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    new_tokens: int = 0
+
+    def token(self, now_s: float) -> None:
+        """Note a new token."""
+        self.new_tokens += 1
+        self.last_token_s = now_s
+        if self.new_tokens == 1:
+            self.first_token_s = now_s
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_token_s - self.started_s if self.new_tokens else 0.0
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per token after the first; 0 until there are two."""
+        steps = self.new_tokens - 1
+        return (self.last_token_s - self.first_token_s) / steps if steps > 0 else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1.0 / self.token_s if self.token_s > 0 else 0.0
+
+
+def generation_stats(timing: Timing, gauges: Gauges, now_s: float) -> GenerationStats:
+    """Describe a generation that ended at `now_s` by what the counters gained since it began."""
+    gained = gauges.counters.since(timing.counters)
+    elapsed_s = now_s - timing.started_s
+    return GenerationStats(
+        emulated=gauges.emulated,
+        device=gauges.device,
+        policy=gauges.policy,
+        prompt_tokens=timing.prompt_tokens,
+        new_tokens=timing.new_tokens,
+        ttft_s=timing.ttft_s,
+        decode_tokens_per_s=timing.tokens_per_s,
+        hit_rate=gained.hit_rate,
+        routed=gained.routed,
+        served_resident=gained.served_resident,
+        served_prefetch_in_time=gained.served_prefetch_in_time,
+        served_prefetch_late=gained.served_prefetch_late,
+        served_on_demand=gained.served_on_demand,
+        served_cpu=gained.served_cpu,
+        link_bytes_on_demand=gained.link_bytes_on_demand,
+        link_bytes_prefetch_used=gained.link_bytes_prefetch_used,
+        link_bytes_prefetch_wasted=gained.link_bytes_prefetch_wasted,
+        link_bytes_per_s=gained.link_bytes_issued / elapsed_s if elapsed_s > 0 else 0.0,
+        stall_s=gained.stall_s,
+        vram_used_bytes=gauges.vram_used_bytes,
+        ram_used_bytes=gauges.ram_used_bytes,
+        cache_slots=gauges.cache_slots,
+        cache_slots_used=gauges.cache_slots_used,
+    )
+
+
+class Panel:
+    """Makes a snapshot of the engine four times a second while something happens.
+
+    The engine thread owns it and calls `tick` as often as it likes: before one is due, a tick
+    costs one comparison.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Gauges],
+        publish: Callable[[TelemetrySnapshot], None],
+        now_s: Callable[[], float],
+        wall_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._publish = publish
+        self._now_s = now_s
+        self._wall_s = wall_s
+        self._due_s = 0.0
+        self._sequence = 0
+        self._window: deque[tuple[float, Counters]] = deque()
+        self._timing: Timing | None = None
+        self._generating = False
+
+    def begin(self, timing: Timing) -> None:
+        """A generation starts; `timing` is kept up to date by its owner."""
+        self._timing = timing
+        self._generating = True
+        self._window.clear()
+        self._window.append((timing.started_s, timing.counters))
+        self._emit()
+
+    def tick(self) -> None:
+        """Publish a snapshot if one is due."""
+        if self._wall_s() >= self._due_s:
+            self._emit()
+
+    def end(self) -> None:
+        """The generation is over; publish its last picture."""
+        self._generating = False
+        self._emit()
+
+    def refresh(self) -> None:
+        """Something changed outside a generation, such as the policy; publish it."""
+        self._emit()
+
+    def _emit(self) -> None:
+        self._due_s = self._wall_s() + SNAPSHOT_EVERY_S
+        now_s = self._now_s()
+        gauges = self._read()
+        self._sequence += 1
+        self._window.append((now_s, gauges.counters))
+        while len(self._window) > 2 and now_s - self._window[1][0] >= WINDOW_S:
+            self._window.popleft()
+        self._publish(self._picture(gauges, now_s))
+
+    def _picture(self, gauges: Gauges, now_s: float) -> TelemetrySnapshot:
+        since_s, earlier = self._window[0]
+        recent = gauges.counters.since(earlier)
+        timing = self._timing or Timing(now_s, gauges.counters)
+        decode = gauges.counters.since(timing.decode_counters or gauges.counters)
+        steps = max(1, timing.new_tokens - 1)
+        span_s = now_s - since_s
+        return TelemetrySnapshot(
+            sequence=self._sequence,
+            emulated=gauges.emulated,
+            device=gauges.device,
+            model=gauges.model,
+            policy=gauges.policy,
+            generating=self._generating,
+            tokens_per_s=timing.tokens_per_s,
+            ttft_s=timing.ttft_s,
+            served=recent.served,
+            hit_rate=recent.hit_rate,
+            link_bytes_per_s=recent.link_bytes_issued / span_s if span_s > 0 else 0.0,
+            link_max_bytes_per_s=gauges.link_max_bytes_per_s,
+            link_bytes_total=gauges.counters.link_bytes_issued,
+            stall_s_per_token=decode.stall_s / steps,
+            token_s=timing.token_s,
+            cpu_s_per_token=decode.cpu_expert_s / steps,
+            vram_used_bytes=gauges.vram_used_bytes,
+            vram_budget_bytes=gauges.vram_budget_bytes,
+            ram_used_bytes=gauges.ram_used_bytes,
+            ram_total_bytes=gauges.ram_total_bytes,
+            cache_slots=gauges.cache_slots,
+            cache_slots_used=gauges.cache_slots_used,
+            layers=gauges.layers,
+            experts=gauges.experts,
+            heat=base64.b64encode(gauges.heat).decode("ascii"),
+        )

@@ -1,0 +1,304 @@
+"""The engine process: `python -m runtime.host`, one model behind a pipe.
+
+Frames come in on what was standard input and leave on what was standard output; both are moved to
+private descriptors first, so that a stray print of any library goes to the log instead. The main
+thread loads models and generates; a reader thread takes frames and ends the process at once when
+the app is gone. torch is imported with the first model, long after the app has been greeted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NoReturn, Protocol
+
+from runtime.core import (
+    EngineStatus,
+    GenerationChunk,
+    HardwareProfile,
+    LoadProgress,
+    LoadRequest,
+    Message,
+    SamplingParams,
+    TelemetrySnapshot,
+)
+from runtime.errors import BusyError, CancelledError, PreScopeError, ProtocolError, RequestError
+from runtime.inbox import Inbox, Job
+from runtime.private_streams import (
+    EXIT_APP_GONE,
+    EXIT_DEVICE_LOST,
+    EXIT_PROTOCOL,
+    Pipe,
+    leave,
+    take_standard_streams,
+    volunteer_for_oom_kill,
+)
+from runtime.wire import PROTOCOL_VERSION, Frame, chunk_to_json, read_frames, record_from_json
+
+PROGRESS_EVERY_S = 0.2
+
+log = logging.getLogger("prescope.host")
+
+
+class HostedEngine(Protocol):
+    """What the host asks of a loaded engine; `runtime.engine.Engine` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def profile(self) -> HardwareProfile: ...
+
+    def generate(
+        self,
+        conversation_id: str,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        stop: Callable[[], bool],
+    ) -> Iterator[GenerationChunk]: ...
+
+    def set_policy(self, policy: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Assemble(Protocol):
+    """Builds an engine; asks `cancelled` often and then raises CancelledError."""
+
+    def __call__(
+        self,
+        request: LoadRequest,
+        *,
+        progress: Callable[[LoadProgress], None],
+        cancelled: Callable[[], bool],
+        publish: Callable[[TelemetrySnapshot], None],
+    ) -> HostedEngine: ...
+
+
+class Host:
+    """The main thread's work: one engine, its loads and its generations."""
+
+    def __init__(self, pipe: Pipe, inbox: Inbox, assemble: Callable[[], Assemble]) -> None:
+        self._pipe = pipe
+        self._inbox = inbox
+        self._assemble = assemble
+        self._engine: HostedEngine | None = None
+        self._loaded: LoadRequest | None = None
+        self._status = EngineStatus("empty")
+        self._load_number = 0
+        self._progress_due_s = 0.0
+
+    def run(self) -> NoReturn:
+        """Serve until the process ends."""
+        while True:
+            work = self._inbox.take()
+            if isinstance(work, Job):
+                self._answer(work)
+            elif isinstance(work, str):
+                self._set_policy(work)
+            else:
+                self._load_number, request = work
+                if request is None:
+                    self._show()
+                else:
+                    self._load(request)
+
+    def _load(self, request: LoadRequest) -> None:
+        cancelled = self._inbox.watch_loads()
+        self._show(state="loading", loading=request.model, progress=LoadProgress("Starting"))
+        self._progress_due_s = 0.0
+        previous, unloaded = self._loaded, False
+        try:
+            if self._engine is not None and self._engine.profile.device_kind == "cuda":
+                # Two models do not fit on one card, and a plan made beside the old one is too
+                # small for the new one.
+                self._unload()
+                unloaded = True
+            engine = self._build(request, cancelled)
+        except CancelledError:
+            self._keep_previous(previous, unloaded, "", "")
+        except PreScopeError as failure:
+            log.warning("load failed: %s", failure.message)
+            self._keep_previous(previous, unloaded, failure.message, failure.next_step)
+        except Exception as failure:
+            # The edge of the process: whatever a hostile model makes a library raise, the
+            # previous model must keep answering.
+            log.exception("load failed")
+            reason = f"{request.model} could not be loaded: {type(failure).__name__}: {failure}"
+            self._keep_previous(previous, unloaded, reason[:500], "See the engine's log.")
+        else:
+            self._unload()
+            self._engine, self._loaded = engine, request
+            self._status = EngineStatus("ready", engine.name)
+            self._show()
+
+    def _build(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
+        def progress(progress: LoadProgress) -> None:
+            if time.monotonic() >= self._progress_due_s:
+                self._progress_due_s = time.monotonic() + PROGRESS_EVERY_S
+                self._show(progress=progress)
+
+        def publish(snapshot: TelemetrySnapshot) -> None:
+            self._pipe.send({"op": "snapshot", "value": asdict(snapshot)})
+
+        return self._assemble()(request, progress=progress, cancelled=cancelled, publish=publish)
+
+    def _keep_previous(
+        self, previous: LoadRequest | None, unloaded: bool, notice: str, next_step: str
+    ) -> None:
+        if unloaded and previous is not None:
+            try:
+                self._engine = self._build(previous, lambda: False)
+                self._loaded = previous
+            except PreScopeError as failure:
+                notice = f"{notice} {previous.model} could not come back: {failure.message}".strip()
+        if self._engine is None:
+            self._status = EngineStatus("empty")
+        else:
+            self._status = EngineStatus("ready", self._engine.name)
+        self._show(notice=notice, next_step=next_step)
+
+    def _unload(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = self._loaded = None
+
+    def _set_policy(self, policy: str) -> None:
+        if self._engine is None:
+            return
+        try:
+            self._engine.set_policy(policy)
+        except PreScopeError as failure:
+            self._show(notice=failure.message, next_step=failure.next_step)
+
+    def _answer(self, job: Job) -> None:
+        self._pipe.send({"op": "front", "id": job.request_id})
+        if self._engine is None:
+            nothing = RequestError("No model is loaded.", "Choose a model first.")
+            self._fail(job, nothing)
+            return
+        chunks = self._engine.generate(
+            job.conversation_id, job.messages, job.params, lambda: self._asked_to_stop(job)
+        )
+        try:
+            for chunk in chunks:
+                self._pipe.send(
+                    {"op": "chunk", "id": job.request_id, "chunk": chunk_to_json(chunk)}
+                )
+                self._apply_policy()
+        except PreScopeError as failure:
+            self._fail(job, failure)
+        except Exception as failure:
+            # The edge of the process again: the app must hear of it within a second.
+            log.exception("generation failed")
+            reason = f"The model failed: {type(failure).__name__}: {failure}"
+            self._fail(job, PreScopeError(reason[:500], "Send the message again."))
+            if self._engine.profile.device_kind == "cuda" and not isinstance(failure, MemoryError):
+                leave(EXIT_DEVICE_LOST)  # a broken CUDA context cannot be repaired in place
+
+    def _asked_to_stop(self, job: Job) -> bool:
+        return self._inbox.is_stopped(job.request_id)
+
+    def _apply_policy(self) -> None:
+        policy = self._inbox.take_policy()
+        if policy is not None:
+            self._set_policy(policy)
+
+    def _fail(self, job: Job, failure: PreScopeError) -> None:
+        self._pipe.send({"op": "failed", "id": job.request_id, "error": failure.to_json()})
+
+    def _show(self, **changes: Any) -> None:
+        self._status = replace(self._status, **changes)
+        self._pipe.send({"op": "status", "load": self._load_number, "value": asdict(self._status)})
+
+
+def serve_frames(descriptor: int, inbox: Inbox, pipe: Pipe) -> None:
+    """Take the app's frames until it is gone, then end the process. Runs on its own thread."""
+    try:
+        for frame in read_frames(descriptor):
+            _take_frame(frame, inbox, pipe)
+    except OSError:
+        leave(EXIT_APP_GONE)
+    except ProtocolError as failure:
+        log.error("protocol: %s", failure.message)
+        leave(EXIT_PROTOCOL)
+    leave(EXIT_APP_GONE)
+
+
+def _take_frame(frame: Frame, inbox: Inbox, pipe: Pipe) -> None:
+    op = frame["op"]
+    if op == "generate":
+        job = _job(frame)
+        try:
+            inbox.add(job)
+        except BusyError as busy:
+            pipe.send({"op": "failed", "id": job.request_id, "error": busy.to_json()})
+    elif op == "stop":
+        inbox.stop(_number(frame.get("id")))
+    elif op == "load":
+        inbox.load(
+            _number(frame.get("number")), record_from_json(LoadRequest, frame.get("request"))
+        )
+    elif op == "cancel_load":
+        inbox.load(_number(frame.get("number")), None)
+    elif op == "policy":
+        inbox.set_policy(str(frame.get("policy")))
+    else:
+        raise ProtocolError(f"There is no operation {op!r}.")
+
+
+def _job(frame: Frame) -> Job:
+    messages = frame.get("messages")
+    if not isinstance(messages, list):
+        raise ProtocolError("A generation needs its messages.")
+    return Job(
+        _number(frame.get("id")),
+        str(frame.get("conversation_id")),
+        tuple(record_from_json(Message, message) for message in messages),
+        record_from_json(SamplingParams, frame.get("params")),
+    )
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise ProtocolError("A request id must be a number.")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Serve one app over standard input and output until it goes away."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.host", description=__doc__)
+    parser.add_argument(
+        "--assembly",
+        default="runtime.assembly",
+        metavar="MODULE",
+        help="the module whose `assemble` builds an engine (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    read_from, write_to = take_standard_streams()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the app
+    volunteer_for_oom_kill()
+    pipe, inbox = Pipe(write_to), Inbox()
+    pipe.send({"op": "hello", "protocol": PROTOCOL_VERSION})
+
+    def assemble() -> Assemble:
+        built: Assemble = importlib.import_module(options.assembly).assemble
+        return built
+
+    threading.Thread(
+        target=serve_frames, args=(read_from, inbox, pipe), name="reader", daemon=True
+    ).start()
+    Host(pipe, inbox, assemble).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""An engine without torch for tests of the engine process; names and words choose what it does.
+
+Models: "broken" files, "raising" any exception, "slow" (until cancelled), "fatal" (kills the
+process), any other name loads. Words: "hang" never accepts, "forever" never ends, "print" prints to
+standard output, "kill" dies mid-answer, "refuse" is a bad request, "crash" raises; anything else is
+echoed word by word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from runtime.core import (
+    Accepted,
+    Delta,
+    Finished,
+    GenerationChunk,
+    GenerationStats,
+    LoadProgress,
+    LoadRequest,
+    Message,
+    SamplingParams,
+    TelemetrySnapshot,
+)
+from runtime.errors import CancelledError, ModelFilesError, RequestError
+
+
+class FakeEngine:
+    def __init__(self, name: str, publish: Callable[[TelemetrySnapshot], None]) -> None:
+        self.name = name
+        self.profile: Any = SimpleNamespace(device_kind="cuda" if "card" in name else "cpu")
+        self.policy = "hybrid"
+        self._publish = publish
+
+    def generate(
+        self,
+        conversation_id: str,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        stop: Callable[[], bool],
+    ) -> Iterator[GenerationChunk]:
+        text = messages[-1].content
+        if text == "hang":
+            time.sleep(60)
+        if text == "refuse":
+            raise RequestError("No.", "Ask otherwise.")
+        yield Accepted(len(text))
+        self._publish(snapshot(self.name, self.policy))
+        words = text.split()
+        if text == "print":
+            print("stray text")
+            os.write(1, b"\x00\x00\x00\x05stray")
+            sys.stdout.flush()
+        number = 0
+        reason = "stop"
+        while text == "forever" or number < len(words):
+            if stop():
+                reason = "cancelled"
+                break
+            word = words[number % len(words)]
+            if word == "kill" and number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if word == "crash":
+                raise RuntimeError("boom")
+            yield Delta("answer", f"{word} ", (number,))
+            number += 1
+            time.sleep(0.005)
+        stats = GenerationStats(False, "fake", self.policy, len(text), number)
+        yield Finished(reason, stats)  # type: ignore[arg-type]
+
+    def set_policy(self, policy: str) -> None:
+        self.policy = policy
+
+    def close(self) -> None:
+        pass
+
+
+def assemble(
+    request: LoadRequest,
+    *,
+    progress: Callable[[LoadProgress], None],
+    cancelled: Callable[[], bool],
+    publish: Callable[[TelemetrySnapshot], None],
+) -> FakeEngine:
+    progress(LoadProgress("Reading", 1, 2))
+    if request.model == "broken":
+        raise ModelFilesError("model.safetensors is truncated.", "Download it again.")
+    if request.model == "raising":
+        raise ZeroDivisionError("surprise")
+    if request.model == "fatal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while request.model == "slow":
+        if cancelled():
+            raise CancelledError("The load was cancelled.")
+        time.sleep(0.005)
+    return FakeEngine(request.model, publish)
+
+
+def snapshot(model: str, policy: str) -> TelemetrySnapshot:
+    return TelemetrySnapshot(
+        sequence=1,
+        emulated=False,
+        device="fake",
+        model=model,
+        policy=policy,
+        generating=True,
+        tokens_per_s=1.5,
+        ttft_s=0.0,
+        served=(1, 2, 3, 4, 5),
+        hit_rate=0.5,
+        link_bytes_per_s=0.0,
+        link_max_bytes_per_s=0.0,
+        link_bytes_total=0,
+        stall_s_per_token=0.0,
+        token_s=0.0,
+        cpu_s_per_token=0.0,
+        vram_used_bytes=0,
+        vram_budget_bytes=0,
+        ram_used_bytes=0,
+        ram_total_bytes=0,
+        cache_slots=0,
+        cache_slots_used=0,
+        layers=1,
+        experts=1,
+        heat="AA==",
+    )

@@ -1,0 +1,336 @@
+"""The engine subprocess seen from the app: answers, loads, deaths, restarts and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.client import EngineClient, LocalEngine
+from runtime.core import (
+    Accepted,
+    Delta,
+    EngineStatus,
+    Finished,
+    LoadRequest,
+    Message,
+    SamplingParams,
+)
+from runtime.engine_process import explain_exit
+from runtime.errors import BusyError, EngineDiedError, PreScopeError, RequestError
+from runtime.inbox import MAX_WAITING
+
+FAKE = ("--assembly", "tests.hosted_fake")
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = SamplingParams()
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LocalEngine]:
+    client = LocalEngine(tmp_path, FAKE)
+    yield client
+    client.close()
+
+
+def until(question: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+def load(engine: LocalEngine, model: str = "model") -> EngineStatus:
+    engine.load(LoadRequest(model))
+    until(lambda: engine.status().state in ("ready", "empty", "dead"))
+    return engine.status()
+
+
+def say(engine: LocalEngine, text: str) -> str:
+    chunks = list(engine.generate("c", [Message("user", text)], PARAMS))
+    assert isinstance(chunks[0], Accepted)
+    assert isinstance(chunks[-1], Finished)
+    return "".join(chunk.text for chunk in chunks if isinstance(chunk, Delta))
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_it_keeps_the_contract_of_the_app(engine: LocalEngine) -> None:
+    client: EngineClient = engine
+    until(lambda: client.status().state == "empty")
+    assert client.snapshot() is None
+
+
+def test_it_loads_and_answers(engine: LocalEngine) -> None:
+    assert load(engine).model == "model"
+    assert say(engine, "one two") == "one two "
+    until(lambda: engine.snapshot() is not None)
+
+
+def test_a_generation_sent_right_after_a_load_waits_for_it(engine: LocalEngine) -> None:
+    engine.load(LoadRequest("model"))
+    assert say(engine, "hello") == "hello "
+
+
+def test_a_request_without_a_model_is_refused(engine: LocalEngine) -> None:
+    with pytest.raises(RequestError, match="No model"):
+        say(engine, "hello")
+
+
+def test_a_refused_request_carries_its_words(engine: LocalEngine) -> None:
+    load(engine)
+    with pytest.raises(RequestError) as refused:
+        say(engine, "refuse")
+    assert refused.value.next_step == "Ask otherwise."
+
+
+def test_an_exception_in_the_model_reaches_the_caller_and_the_engine_lives(
+    engine: LocalEngine,
+) -> None:
+    load(engine)
+    before = engine.pid
+    with pytest.raises(PreScopeError, match="boom"):
+        say(engine, "crash")
+    assert say(engine, "fine") == "fine "
+    assert engine.pid == before
+
+
+def test_an_exception_on_a_card_replaces_the_process(engine: LocalEngine) -> None:
+    load(engine, "card model")
+    before = engine.pid
+    with pytest.raises(PreScopeError, match="boom"):
+        say(engine, "crash")
+    until(lambda: engine.status().state == "ready" and engine.pid not in (None, before))
+    assert "graphics card" in engine.status().notice
+    assert say(engine, "fine") == "fine "
+
+
+def test_stray_prints_do_not_reach_the_pipe(engine: LocalEngine, tmp_path: Path) -> None:
+    load(engine)
+    assert say(engine, "print") == "print "
+    assert say(engine, "again") == "again "
+    assert engine.status().restarts == 0
+    assert "stray text" in (tmp_path / "logs" / "engine.log").read_text("utf-8", "replace")
+
+
+def test_closing_the_iterator_stops_the_generation(engine: LocalEngine) -> None:
+    load(engine)
+    chunks = engine.generate("c", [Message("user", "forever")], PARAMS)
+    for _ in range(5):
+        next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert say(engine, "next") == "next "
+
+
+def test_requests_beyond_the_queue_are_refused_and_the_others_answered(
+    engine: LocalEngine,
+) -> None:
+    load(engine)
+    running = engine.generate("c", [Message("user", "forever")], PARAMS)
+    next(running)
+    answers: list[str] = []
+    waiting = [
+        threading.Thread(target=lambda: answers.append(say(engine, "w")))
+        for _ in range(MAX_WAITING)
+    ]
+    for thread in waiting:
+        thread.start()
+    refusals = 0
+    until(lambda: len(engine._requests) == MAX_WAITING + 1)
+    time.sleep(0.1)  # the last of them is on its way through the pipe
+    with pytest.raises(BusyError):
+        say(engine, "too many")
+    refusals += 1
+    running.close()  # type: ignore[attr-defined]
+    for thread in waiting:
+        thread.join(20)
+    assert answers == ["w "] * MAX_WAITING
+    assert refusals == 1
+
+
+@pytest.mark.parametrize("model", ["broken", "raising"])
+@pytest.mark.parametrize("first", ["model", "card model"])
+def test_a_failing_load_keeps_the_previous_model(
+    engine: LocalEngine, first: str, model: str
+) -> None:
+    load(engine, first)
+    status = load(engine, model)
+    assert (status.state, status.model) == ("ready", first)
+    assert status.notice
+    assert status.next_step
+    assert say(engine, "still here") == "still here "
+
+
+def test_a_load_can_be_cancelled_and_the_previous_model_stays(engine: LocalEngine) -> None:
+    load(engine)
+    engine.load(LoadRequest("slow"))
+    until(lambda: engine.status().progress.done_bytes == 1)
+    assert engine.status().loading == "slow"
+    engine.cancel_load()
+    until(lambda: engine.status().state == "ready")
+    assert engine.status() == EngineStatus("ready", "model")
+
+
+def test_a_newer_load_replaces_the_one_under_way(engine: LocalEngine) -> None:
+    engine.load(LoadRequest("slow"))
+    until(lambda: engine.status().progress.done_bytes == 1)
+    assert load(engine, "other").model == "other"
+
+
+def test_a_policy_change_reaches_the_engine_and_survives_a_restart(engine: LocalEngine) -> None:
+    load(engine)
+    engine.set_policy("cpu-miss")
+    say(engine, "x")
+    until(lambda: (shot := engine.snapshot()) is not None and shot.policy == "cpu-miss")
+    assert engine._answering is not None
+    assert engine._answering.policy == "cpu-miss"
+
+
+def test_the_engine_killed_mid_answer_is_reported_and_restarted(engine: LocalEngine) -> None:
+    load(engine)
+    text = ""
+    with pytest.raises(EngineDiedError, match="memory") as death:
+        for chunk in engine.generate("c", [Message("user", "so far kill")], PARAMS):
+            text += chunk.text if isinstance(chunk, Delta) else ""
+    assert text == "so far "
+    assert "engine.log" in death.value.next_step
+    assert say(engine, "back") == "back "
+    status = engine.status()
+    assert (status.state, status.model, status.restarts) == ("ready", "model", 1)
+    assert "memory" in status.notice
+
+
+def test_an_idle_engine_that_is_killed_comes_back_with_its_model(engine: LocalEngine) -> None:
+    load(engine)
+    before = engine.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    until(lambda: engine.status().restarts == 1 and engine.status().state == "ready")
+    assert engine.status().model == "model"
+
+
+def test_a_model_that_kills_the_engine_is_not_loaded_again(engine: LocalEngine) -> None:
+    load(engine)
+    engine.load(LoadRequest("fatal"))
+    until(lambda: engine.status().restarts == 1 and engine.status().state == "ready")
+    assert engine.status().model == "model"
+    assert "while loading fatal" in engine.status().notice
+
+
+def test_an_engine_that_keeps_dying_is_given_up_and_can_be_revived(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.local_engine.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    load(engine)
+    for number in range(4):
+        until(lambda: engine.status().state == "ready" and engine.pid is not None)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        until(lambda count=number: engine.status().restarts == count + 1)  # type: ignore[misc]
+    until(lambda: engine.status().state == "dead")
+    with pytest.raises(EngineDiedError):
+        say(engine, "hello?")
+    assert load(engine, "model").state == "ready"
+    assert say(engine, "alive") == "alive "
+
+
+def test_a_template_that_hangs_is_cut_off_and_named(tmp_path: Path) -> None:
+    engine = LocalEngine(tmp_path, FAKE, accept_deadline_s=0.3)
+    try:
+        load(engine)
+        with pytest.raises(EngineDiedError, match="template of model"):
+            say(engine, "hang")
+        assert say(engine, "fine") == "fine "
+    finally:
+        engine.close()
+
+
+def test_a_process_that_never_greets_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.local_engine.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    silent = tmp_path / "silent.py"
+    silent.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(sys, "executable", sys.executable)
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        "runtime.engine_process.subprocess.Popen",
+        lambda command, **options: real([sys.executable, str(silent)], **options),
+    )
+    engine = LocalEngine(tmp_path, FAKE, hello_deadline_s=0.1)
+    until(lambda: engine.status().state == "dead")
+    assert "said nothing" in engine.status().notice
+    engine.close()
+
+
+def test_close_leaves_no_process_and_ends_waiting_generations(tmp_path: Path) -> None:
+    engine = LocalEngine(tmp_path, FAKE)
+    load(engine)
+    pid = engine.pid
+    assert pid is not None
+    chunks = engine.generate("c", [Message("user", "forever")], PARAMS)
+    next(chunks)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    with pytest.raises(EngineDiedError, match="closing"):
+        list(chunks)
+    closer.join(10)
+    assert gone(pid)
+    engine.close()
+    assert threading.active_count() < 10
+    with pytest.raises(EngineDiedError):
+        say(engine, "hello")
+
+
+@pytest.mark.parametrize("busy_with", ["idle", "load", "answer"])
+def test_when_the_app_is_killed_the_engine_goes(tmp_path: Path, busy_with: str) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from runtime.client import LocalEngine
+from runtime.core import LoadRequest, Message, SamplingParams
+engine = LocalEngine(Path({str(tmp_path)!r}), {FAKE!r})
+engine.load(LoadRequest("slow" if {busy_with!r} == "load" else "model"))
+while engine.status().state != "ready" and engine.status().progress.done_bytes != 1:
+    time.sleep(0.01)
+chunks = engine.generate("c", [Message("user", "forever")], SamplingParams())
+if {busy_with!r} == "answer":
+    next(chunks)
+print(engine.pid, flush=True)
+time.sleep(60)
+"""
+    app = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert app.stdout is not None
+    pid = int(app.stdout.readline())
+    assert not gone(pid)
+    app.kill()
+    app.wait()
+    app.stdout.close()
+    until(lambda: gone(pid), 5.0)
+
+
+def test_the_client_never_imports_torch() -> None:
+    script = "import sys, runtime.client; print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-9, "memory"), (-11, "segmentation"), (-7, "bus error"), (3, "exit code 3"), (-99, "99")],
+)
+def test_exits_are_explained(code: int, words: str) -> None:
+    assert words in explain_exit(code)
