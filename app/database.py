@@ -93,8 +93,12 @@ def search_available(db: sqlite3.Connection) -> bool:
     try:
         db.execute("BEGIN IMMEDIATE")
         db.execute(
+            "CREATE VIEW IF NOT EXISTS settled_messages AS"
+            " SELECT id, content FROM messages WHERE state <> 'partial'"
+        )
+        db.execute(
             "CREATE VIRTUAL TABLE IF NOT EXISTS message_words USING"
-            " fts5(content, content='messages', content_rowid='id', tokenize='trigram')"
+            " fts5(content, content='settled_messages', content_rowid='id', tokenize='trigram')"
         )
         if db.execute("SELECT stale FROM search_index").fetchone()[0]:
             db.execute("INSERT INTO message_words (message_words) VALUES ('rebuild')")
@@ -114,7 +118,6 @@ def search_available(db: sqlite3.Connection) -> bool:
         db.execute("COMMIT")
     except sqlite3.OperationalError:
         db.execute("ROLLBACK")
-        db.execute("UPDATE search_index SET stale = 1")
         return False
     return True
 

@@ -80,13 +80,13 @@ class History:
         self.path = folder
         db, self.notices = open_database(folder, migrations)
         self._db: sqlite3.Connection | None = db
+        self._indexed = use_search_index and search_available(db)
+        if not self._indexed:
+            db.execute("UPDATE search_index SET stale = 1")
         db.execute(
             "UPDATE messages SET state = 'failed', error = ? WHERE state = 'partial'",
             (INTERRUPTED,),
         )
-        self._indexed = use_search_index and search_available(db)
-        if not self._indexed:
-            db.execute("UPDATE search_index SET stale = 1")
 
     def conversations(self, query: str = "", limit: int = 500) -> list[ConversationSummary]:
         """Return the newest conversations first; with a query, those that contain every word.
