@@ -1,0 +1,286 @@
+"""Reading safetensors files that nobody vouches for.
+
+Headers are checked here, before any library sees them. Data is read with positioned reads into
+memory of ours: a mapped file that shrinks kills the process, a short read is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import stat
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+from runtime.errors import ModelFilesError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
+MAX_RANK = 8
+READ_BYTES = 32 * 2**20
+# The dtypes of the format, in bytes; torch names only for those that can be loaded as they are.
+_DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "I16": (2, "int16"),
+    "U16": (2, None),
+    "I32": (4, "int32"),
+    "U32": (4, None),
+    "I64": (8, "int64"),
+    "U64": (8, None),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F32": (4, "float32"),
+    "F64": (8, "float64"),
+    "F8_E4M3": (1, None),
+    "F8_E5M2": (1, None),
+    "F8_E8M0": (1, None),
+}
+_PREADV = getattr(os, "preadv", None)  # Windows has no positioned reads.
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pickle")
+_AGAIN = "Download this file again, or choose another model."
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `begin` counts bytes from the start of file number `file`.
+
+    `dtype` is torch's name, or None for a dtype that cannot be loaded as it is (`stored`).
+    """
+
+    name: str
+    file: int
+    begin: int
+    size_bytes: int
+    stored: str
+    dtype: str | None
+    shape: tuple[int, ...]
+
+
+class SafetensorsFiles:
+    """The open shards of one model and a table of their tensors. Reads are thread-safe.
+
+    Raises:
+        ModelFilesError: a file is missing, damaged or hostile; the message names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, TensorEntry] = {}
+        self._files: list[io.FileIO] = []
+        self._seeking = threading.Lock()
+        weight_map = _weight_map(folder)
+        names = sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]
+        self.paths = tuple(folder / name for name in names)
+        try:
+            for number, path in enumerate(self.paths):
+                self._add(number, path)
+            self._check_against(weight_map)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable bytes) with the tensor's bytes from `begin` on.
+
+        Raises:
+            ModelFilesError: the file changed, was cut or cannot be read.
+        """
+        entry = self.tensors[name]
+        assert 0 <= begin <= begin + len(buffer) <= entry.size_bytes, (name, begin, len(buffer))
+        done = 0
+        while done < len(buffer):
+            piece = buffer[done : done + READ_BYTES]
+            at = entry.begin + begin + done
+            try:
+                count = self._read_at(entry.file, piece, at)
+            except (OSError, ValueError) as error:
+                _damaged(self.paths[entry.file], f"reading at byte {at} failed ({error})")
+            if count == 0:
+                _damaged(self.paths[entry.file], f"it ends at byte {at}, inside tensor {name!r}")
+            done += count
+
+    def close(self) -> None:
+        """Close all files; safe to call twice."""
+        for file in self._files:
+            file.close()
+
+    def _add(self, number: int, path: Path) -> None:
+        file = open_regular(path)
+        self._files.append(file)
+        for entry in _read_header(file, path, number):
+            other = self.tensors.get(entry.name)
+            if other is not None:
+                _damaged(path, f"tensor {entry.name!r} is also in {self.paths[other.file].name}")
+            self.tensors[entry.name] = entry
+
+    def _check_against(self, weight_map: dict[str, str]) -> None:
+        for name, shard in weight_map.items():
+            entry = self.tensors.get(name)
+            if entry is None or self.paths[entry.file].name != shard:
+                _damaged(self.paths[0].with_name(shard), f"it lacks tensor {name[:120]!r}")
+
+    def _read_at(self, number: int, buffer: memoryview, at: int) -> int:
+        file = self._files[number]
+        if _PREADV is not None:
+            count: int = _PREADV(file.fileno(), [buffer], at)
+            return count
+        with self._seeking:
+            file.seek(at)
+            return file.readinto(buffer) or 0
+
+
+def read_json(path: Path, max_bytes: int, max_depth: int = 32) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `max_bytes`.
+
+    Raises:
+        ModelFilesError: missing, too large, too deep, a key twice, or not an object.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            _damaged(path, f"{size} bytes, but at most {max_bytes} are read")
+        record = _parse(path, file.read(max_bytes + 1) or b"")
+    level: list[Any] = [record]
+    for _ in range(max_depth):
+        below = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [item for items in below for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return record
+    _damaged(path, f"it is nested deeper than {max_depth} levels")
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file for unbuffered reading.
+
+    Raises:
+        ModelFilesError: it is missing, cannot be opened, or is a pipe, device or folder.
+    """
+    try:
+        # Asking before opening keeps a named pipe from blocking us for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            _damaged(path, "it is not a regular file")
+        return open(path, "rb", buffering=0)
+    except FileNotFoundError as error:
+        raise ModelFilesError(f"{path.name} is missing from {path.parent}.", _AGAIN) from error
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(f"{path.name} cannot be opened ({error}).", _AGAIN) from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return tensor -> shard from the index, checked; empty where there is no index."""
+    if not folder.is_dir():
+        raise ModelFilesError(f"{folder} is not a folder.", "Choose the folder of a model.")
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return {}
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        _damaged(path, "it has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or _SHARD.fullmatch(shard) is None:
+            _damaged(path, f"tensor {name[:80]!r} is said to lie in {str(shard)[:80]!r}")
+    for shard in sorted(set(weight_map.values())):
+        if (folder / shard).is_symlink() and not _stays_in_cache(folder / shard):
+            _damaged(folder / shard, "it is a link that leads out of the model's folder")
+    return weight_map
+
+
+def _single_file(folder: Path) -> str:
+    if (folder / SINGLE_NAME).exists():
+        return SINGLE_NAME
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
+    raise ModelFilesError(
+        f"{folder.name} has no {SINGLE_NAME} and no {INDEX_NAME}"
+        + (f", only {', '.join(others[:3])}." if others else "."),
+        "Only safetensors files are read; choose a model that has them.",
+    )
+
+
+def _stays_in_cache(path: Path) -> bool:
+    # The hub's download cache keeps `snapshots/<commit>/<file>` as links to `blobs/<hash>`.
+    target = path.resolve()
+    return target.parent in (path.parent.resolve(), path.parent.resolve().parent.parent / "blobs")
+
+
+def _read_header(file: io.FileIO, path: Path, number: int) -> list[TensorEntry]:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        _damaged(path, f"it has {size} bytes, fewer than the 8 of a header length")
+    (length,) = struct.unpack("<Q", file.read(8) or b"")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        _damaged(path, f"its header claims {length} bytes of the file's {size}")
+    header = _parse(path, file.read(length) or b"")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        _damaged(path, "its __metadata__ is not an object")
+    entries = [_entry(path, number, 8 + length, name, record) for name, record in header.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.size_bytes))
+    at = 8 + length
+    for entry in entries:
+        if entry.begin != at:
+            _damaged(path, f"tensor {entry.name!r} begins at byte {entry.begin} instead of {at}")
+        at += entry.size_bytes
+    if at != size:
+        _damaged(path, f"it has {size} bytes, but its header describes {at}")
+    return entries
+
+
+def _entry(path: Path, number: int, data: int, name: str, record: object) -> TensorEntry:
+    """Check one header record; `data` is the byte at which tensor data begins."""
+    if not isinstance(record, dict) or set(record) != {"dtype", "shape", "data_offsets"}:
+        _damaged(path, f"tensor {name[:120]!r} has no dtype, shape and data_offsets")
+    stored, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if not isinstance(stored, str) or stored not in _DTYPES:
+        _damaged(path, f"tensor {name[:120]!r} has the unknown dtype {str(stored)[:40]!r}")
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+        _damaged(path, f"tensor {name[:120]!r} has the shape {str(shape)[:120]}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        _damaged(path, f"tensor {name[:120]!r} has the offsets {str(offsets)[:120]}")
+    item_bytes, dtype = _DTYPES[stored]
+    size_bytes = math.prod(shape) * item_bytes
+    if offsets[1] - offsets[0] != size_bytes:
+        _damaged(
+            path,
+            f"tensor {name[:120]!r} of shape {shape} and dtype {stored} needs {size_bytes} bytes,"
+            f" but its offsets are {offsets}",
+        )
+    shape = tuple(shape)
+    return TensorEntry(name, number, data + offsets[0], size_bytes, stored, dtype, shape)
+
+
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**62 for value in values
+    )
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in record if names.count(name) > 1)
+            _damaged(path, f"{twice[:120]!r} is there twice")
+        return record
+
+    try:
+        record = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        _damaged(path, f"it is not readable JSON ({str(error)[:120]})")
+    if not isinstance(record, dict):
+        _damaged(path, "it is not a JSON object")
+    return record
+
+
+def _damaged(path: Path, what: str) -> NoReturn:
+    raise ModelFilesError(f"{path.name}: {what}.", _AGAIN)
