@@ -128,22 +128,22 @@ class Answer:
 
     def _follow(self) -> tuple[MessageState, dict[str, Any], str] | None:
         """Take what the pump brings until the end; return how to store it, None for not at all."""
-        saved_s, dirty, stop_s = time.monotonic(), False, float("inf")
+        save_s, dirty, stop_s = time.monotonic() + SAVE_EVERY_S, False, float("inf")
         while True:
-            due_s = min(saved_s + SAVE_EVERY_S if dirty else float("inf"), stop_s)
-            left_s = None if due_s == float("inf") else max(0.0, due_s - time.monotonic())
-            try:
-                item = self._inbox.get(timeout=left_s)
-            except queue.Empty:
-                if time.monotonic() >= stop_s:
-                    return "stopped", {}, ""
+            now_s = time.monotonic()
+            if now_s >= stop_s:
+                return "stopped", {}, ""
+            if dirty and now_s >= save_s:
                 dirty = not self._save("partial", {}, "")
-                saved_s = time.monotonic()
+                save_s = time.monotonic() + SAVE_EVERY_S
+            due_s = min(save_s if dirty else float("inf"), stop_s)
+            try:
+                item = self._inbox.get(timeout=None if due_s == float("inf") else due_s - now_s)
+            except queue.Empty:
                 continue
             if isinstance(item, Delta):
-                if not dirty:
-                    saved_s, dirty = max(saved_s, time.monotonic() - SAVE_EVERY_S), True
                 self._append(item)
+                dirty = True
             elif isinstance(item, Finished):
                 stats = {**dataclasses.asdict(item.stats), "finish_reason": item.reason}
                 state = "stopped" if stop_s < float("inf") else _STATES[item.reason]

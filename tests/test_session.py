@@ -1,0 +1,599 @@
+"""Chats in motion: nothing lost, every page sees the same answer, every answer ends once."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from app import answer as answer_module
+from app.database import HistoryError
+from app.history import INTERRUPTED, History, StoredMessage
+from app.session import MAX_MESSAGE_CHARACTERS, ChatSessions, ConversationView
+from app.settings import SettingsStore
+from runtime.core import (
+    Accepted,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationChunk,
+    GenerationStats,
+    Message,
+    SamplingParams,
+)
+from runtime.errors import BusyError, EngineDiedError, PreScopeError, RequestError
+from tests.fake_engine import FakeEngine
+
+SOON_S = 10.0
+STATS = GenerationStats(emulated=True, device="test", policy="hybrid", new_tokens=7)
+
+
+class Stream:
+    """A generation whose chunks the test feeds one by one; closing it is seen at once."""
+
+    def __init__(self) -> None:
+        self.fed: queue.SimpleQueue[GenerationChunk | Exception | None] = queue.SimpleQueue()
+        self.closed = threading.Event()
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        chunk = self.fed.get()
+        if chunk is None:
+            raise StopIteration
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+    def close(self) -> None:
+        self.closed.set()
+        self.fed.put(None)
+
+    def say(self, text: str, thinking: bool = False) -> None:
+        self.fed.put(Delta("reasoning" if thinking else "answer", text))
+
+    def finish(self, reason: FinishReason = "stop") -> None:
+        self.fed.put(Finished(reason, STATS))
+
+
+class SteppedEngine(FakeEngine):
+    """Answers only what a test feeds into the newest stream of a conversation."""
+
+    def __init__(self, before: Callable[[str], None] = lambda id_: None) -> None:
+        super().__init__()
+        self.streams: dict[str, Stream] = {}
+        self.params: list[SamplingParams] = []
+        self.asked = threading.Condition()
+        self.before = before
+
+    def generate(
+        self, conversation_id: str, messages: Sequence[Message], params: SamplingParams
+    ) -> Iterator[GenerationChunk]:
+        self.before(conversation_id)
+        with self.asked:
+            self.prompts.append(list(messages))
+            self.params.append(params)
+            stream = self.streams[conversation_id] = Stream()
+            self.asked.notify_all()
+        stream.fed.put(Accepted(3))
+        return iter(stream)
+
+    def stream(self, conversation_id: str, count: int) -> Stream:
+        """Return the stream of the `count`-th question of this engine."""
+        with self.asked:
+            assert self.asked.wait_for(lambda: len(self.prompts) >= count, SOON_S)
+            return self.streams[conversation_id]
+
+
+class Rig:
+    """History, settings and sessions over one engine, opened and closed together."""
+
+    def __init__(self, folder: Path, engine: FakeEngine) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.open()
+
+    def open(self) -> None:
+        self.history = History(self.folder)
+        self.settings = SettingsStore(self.folder)
+        self.sessions = ChatSessions(self.history, self.settings, self.engine)
+
+    def close(self) -> None:
+        self.sessions.close()
+        self.history.close()
+
+    def settled(self, chat: str) -> list[StoredMessage]:
+        """Wait until the conversation is not answering any more and return its turns."""
+        deadline = time.monotonic() + SOON_S
+        view = self.sessions.view(chat)
+        while view.live is not None:
+            assert time.monotonic() < deadline, view
+            view = self.sessions.wait(chat, view.live.version, 1.0)
+        return view.messages
+
+    def until(self, chat: str, seen: Callable[[ConversationView], bool]) -> ConversationView:
+        """Wait until the view is as wanted."""
+        deadline = time.monotonic() + SOON_S
+        view = self.sessions.view(chat)
+        while not seen(view):
+            assert time.monotonic() < deadline, view
+            view = self.sessions.wait(chat, view.live.version if view.live else -1, 1.0)
+        return view
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path, FakeEngine(tokens_per_s=2000))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stepped(tmp_path: Path) -> Iterator[tuple[Rig, SteppedEngine]]:
+    engine = SteppedEngine()
+    made = Rig(tmp_path, engine)
+    yield made, engine
+    made.close()
+
+
+def live_text(view: ConversationView) -> str:
+    return view.live.text if view.live else ""
+
+
+def test_an_answer_needs_no_page(rig: Rig) -> None:
+    chat = rig.sessions.send(None, "How does it work? !think\nSecond line")
+    asked, answered = rig.settled(chat)
+    assert (asked.role, asked.content) == ("user", "How does it work? !think\nSecond line")
+    assert answered.state == "complete"
+    assert answered.content.startswith("Only a few **experts**")
+    assert answered.reasoning.startswith("The person asks")
+    assert answered.stats["finish_reason"] == "stop"
+    assert answered.stats["new_tokens"] > 20
+    assert (
+        sum(v for k, v in answered.stats.items() if k.startswith("served_"))
+        == (answered.stats["routed"])
+    )
+    assert [c.title for c in rig.sessions.conversations()] == ["How does it work? !think"]
+
+
+def test_a_question_is_on_disk_before_the_engine_hears_it(tmp_path: Path) -> None:
+    seen: list[list[StoredMessage]] = []
+    engine = SteppedEngine(before=lambda id_: seen.append(opened.history.messages(id_)))
+    opened = rig = Rig(tmp_path, engine)
+    chat = rig.sessions.send(None, "first")
+    engine.stream(chat, 1).finish()
+    rig.settled(chat)
+    assert [(turn.role, turn.content, turn.state) for turn in seen[0]] == [
+        ("user", "first", "complete"),
+        ("assistant", "", "partial"),
+    ]
+    rig.close()
+
+
+def test_text_so_far_reaches_the_disk_while_the_engine_is_silent(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "go")
+    stream = engine.stream(chat, 1)
+    stream.say("Hm.", thinking=True)
+    stream.say("One")
+    stream.say(" two")
+    deadline = time.monotonic() + SOON_S
+    while rig.history.messages(chat)[-1].content != "One two":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    last = rig.history.messages(chat)[-1]
+    assert (last.reasoning, last.state) == ("Hm.", "partial")
+    stream.finish()
+    assert rig.settled(chat)[-1].state == "complete"
+
+
+def test_text_so_far_reaches_the_disk_while_tokens_never_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 0.05)
+    saved = threading.Event()
+
+    class Endless(FakeEngine):
+        def generate(self, *given: Any) -> Iterator[GenerationChunk]:
+            while not saved.is_set():
+                yield Delta("answer", "x")
+                time.sleep(0)
+            yield Finished("stop", STATS)
+
+    rig = Rig(tmp_path, Endless())
+    chat = rig.sessions.send(None, "go")
+    deadline = time.monotonic() + SOON_S
+    while not rig.history.messages(chat)[-1].content:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    saved.set()
+    assert rig.settled(chat)[-1].state == "complete"
+    rig.close()
+
+
+def test_saves_do_not_grow_with_the_number_of_tokens(
+    stepped: tuple[Rig, SteppedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, engine = stepped
+    saves: list[str] = []
+    save = rig.history.save_answer
+
+    def save_answer(*given: Any) -> None:
+        saves.append(given[1])
+        save(*given)
+
+    monkeypatch.setattr(rig.history, "save_answer", save_answer)
+    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 3600.0)
+    chat = rig.sessions.send(None, "go")
+    stream = engine.stream(chat, 1)
+    for _ in range(500):
+        stream.say("x")
+    stream.finish()
+    assert rig.settled(chat)[-1].content == "x" * 500
+    assert saves == ["x" * 500]
+
+
+def test_live_states_follow_the_answer(stepped: tuple[Rig, SteppedEngine]) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "go")
+    first = rig.sessions.view(chat)
+    assert first.live is not None
+    assert first.live.state == "waiting"
+    assert [turn.role for turn in first.messages] == ["user"]
+    stream = engine.stream(chat, 1)
+    stream.say("thought", thinking=True)
+    view = rig.until(chat, lambda v: v.live is not None and v.live.state == "reasoning")
+    stream.say("word")
+    after = rig.until(chat, lambda v: v.live is not None and v.live.state == "answering")
+    assert view.live is not None
+    assert after.live is not None
+    assert first.live.version < view.live.version < after.live.version
+    assert (after.live.reasoning, after.live.text) == ("thought", "word")
+    stream.finish()
+    rig.settled(chat)
+
+
+def test_wait_returns_at_once_when_nothing_runs_and_in_time_when_nothing_moves(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    assert rig.sessions.wait("gone", 5, 3600.0) == ConversationView("gone", "", [])
+    chat = rig.sessions.send(None, "go")
+    live = rig.sessions.view(chat).live
+    assert live is not None
+    assert rig.sessions.wait(chat, live.version, 0.01).live == live
+    engine.stream(chat, 1).finish()
+    assert rig.sessions.wait(chat, live.version, 3600.0).live is None
+    rig.settled(chat)
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t", "x" * (MAX_MESSAGE_CHARACTERS + 1)])
+def test_unusable_messages_are_refused_and_leave_no_chat(rig: Rig, text: str) -> None:
+    with pytest.raises(RequestError):
+        rig.sessions.send(None, text)
+    assert rig.sessions.conversations() == []
+
+
+def test_a_chat_that_answers_takes_no_second_question(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "one")
+    (asked,) = rig.sessions.view(chat).messages
+    for refused in (
+        lambda: rig.sessions.send(chat, "two"),
+        lambda: rig.sessions.retry(chat, asked.id),
+        lambda: rig.sessions.edit(chat, asked.id, "other"),
+    ):
+        with pytest.raises(BusyError, match="still answering"):
+            refused()
+    engine.stream(chat, 1).finish()
+    assert len(rig.settled(chat)) == 2
+
+
+def test_two_chats_answer_at_the_same_time(stepped: tuple[Rig, SteppedEngine]) -> None:
+    rig, engine = stepped
+    one, two = rig.sessions.send(None, "one"), rig.sessions.send(None, "two")
+    assert rig.sessions.answering() == 2
+    engine.stream(two, 2).say("second")
+    engine.stream(two, 2).finish()
+    assert rig.settled(two)[-1].content == "second"
+    engine.stream(one, 2).say("first")
+    engine.stream(one, 2).finish()
+    assert rig.settled(one)[-1].content == "first"
+
+
+@pytest.mark.parametrize("said", ["", "some text"])
+def test_stop_keeps_the_text(stepped: tuple[Rig, SteppedEngine], said: str) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "go")
+    stream = engine.stream(chat, 1)
+    if said:
+        stream.say(said)
+    rig.until(chat, lambda view: live_text(view) == said)
+    rig.sessions.stop(chat)
+    last = rig.settled(chat)[-1]
+    assert (last.content, last.state, last.error) == (said, "stopped", "")
+    assert stream.closed.wait(SOON_S)
+    rig.sessions.stop(chat)
+
+
+def test_stop_does_not_wait_for_an_engine_that_is_stuck(tmp_path: Path) -> None:
+    """A generator cannot be closed from outside; the answer ends all the same."""
+    release = threading.Event()
+
+    class Stuck(FakeEngine):
+        def generate(self, *given: Any) -> Iterator[GenerationChunk]:
+            yield Accepted(1)
+            release.wait(SOON_S)
+            yield Delta("answer", "too late")
+            yield Finished("stop", STATS)
+
+    rig = Rig(tmp_path, Stuck())
+    chat = rig.sessions.send(None, "go")
+    rig.sessions.stop(chat)
+    assert rig.settled(chat)[-1].state == "stopped"
+    release.set()
+    time.sleep(0.05)
+    assert rig.settled(chat)[-1].content == ""
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "state", "error"),
+    [
+        (EngineDiedError("The engine ended.", "Retry."), "failed", "The engine ended. Retry."),
+        (RequestError("No."), "failed", "No."),
+        (None, "failed", "The engine ended this answer without saying why."),
+    ],
+)
+def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(
+    stepped: tuple[Rig, SteppedEngine], failure: PreScopeError | None, state: str, error: str
+) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "go")
+    engine.stream(chat, 1).say("so far")
+    engine.stream(chat, 1).fed.put(failure)
+    last = rig.settled(chat)[-1]
+    assert (last.content, last.state, last.error) == ("so far", state, error)
+
+
+@pytest.mark.parametrize("word", ["!refuse", "!busy", "!die"])
+def test_the_fake_engines_refusals_end_the_answer(rig: Rig, word: str) -> None:
+    chat = rig.sessions.send(None, f"please {word}")
+    last = rig.settled(chat)[-1]
+    assert last.state == "failed"
+    assert last.error
+    assert bool(last.content) == (word == "!die")
+
+
+def test_a_bug_in_the_engine_client_ends_the_answer_too(
+    stepped: tuple[Rig, SteppedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, engine = stepped
+    seen: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda given: seen.append(given.exc_type))
+    chat = rig.sessions.send(None, "go")
+    engine.stream(chat, 1).fed.put(ZeroDivisionError())
+    assert rig.settled(chat)[-1].state == "failed"
+    deadline = time.monotonic() + SOON_S
+    while not seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen == [ZeroDivisionError]
+
+
+def test_retry_replaces_the_answer_and_edit_what_follows(rig: Rig) -> None:
+    chat = rig.sessions.send(None, "one")
+    rig.settled(chat)
+    rig.sessions.send(chat, "two")
+    one, first, two, second = rig.settled(chat)
+    rig.sessions.retry(chat, second.id)
+    turns = rig.settled(chat)
+    assert [turn.id for turn in turns[:3]] == [one.id, first.id, two.id]
+    assert turns[3].id > second.id
+    rig.sessions.edit(chat, one.id, "other !code")
+    turns = rig.settled(chat)
+    assert [turn.content for turn in turns][0] == "other !code"
+    assert len(turns) == 2
+    assert "```python" in turns[1].content
+    with pytest.raises(RequestError):
+        rig.sessions.retry(chat, second.id)
+    with pytest.raises(RequestError):
+        rig.sessions.edit(chat, one.id, " ")
+    assert rig.settled(chat) == turns
+
+
+def test_the_engine_sees_the_system_prompt_and_every_turn_with_text(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    rig.settings.update(system_prompt="Be brief.", sampling={"max_new_tokens": 9, "seed": 4})
+    chat = rig.sessions.send(None, "one")
+    engine.stream(chat, 1).say("hm", thinking=True)
+    engine.stream(chat, 1).fed.put(EngineDiedError("gone"))
+    rig.settled(chat)
+    rig.sessions.send(chat, "two")
+    engine.stream(chat, 2).say("answer")
+    engine.stream(chat, 2).finish("length")
+    assert rig.settled(chat)[-1].stats["finish_reason"] == "length"
+    rig.sessions.send(chat, "three")
+    engine.stream(chat, 3).finish()
+    rig.settled(chat)
+    assert engine.prompts[2] == [
+        Message("system", "Be brief."),
+        Message("user", "one\n\ntwo"),
+        Message("assistant", "answer"),
+        Message("user", "three"),
+    ]
+    assert engine.params[2] == SamplingParams(max_new_tokens=9, seed=4)
+
+
+def test_deleting_a_chat_ends_its_answer(stepped: tuple[Rig, SteppedEngine]) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "secret")
+    stream = engine.stream(chat, 1)
+    stream.say("more secret")
+    rig.until(chat, lambda view: live_text(view) == "more secret")
+    rig.sessions.delete(chat)
+    assert stream.closed.wait(SOON_S)
+    assert rig.sessions.view(chat) == ConversationView(chat, "", [])
+    assert rig.sessions.conversations() == []
+    assert rig.sessions.answering() == 0
+    with pytest.raises(RequestError, match="deleted"):
+        rig.sessions.send(chat, "still there?")
+
+
+def test_closing_the_app_keeps_the_text_for_the_next_start(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.send(None, "go")
+    engine.stream(chat, 1).say("half an ans")
+    rig.until(chat, lambda view: live_text(view) == "half an ans")
+    rig.close()
+    assert engine.streams[chat].closed.is_set()
+    rig.open()
+    last = rig.sessions.view(chat).messages[-1]
+    assert (last.content, last.state, last.error) == ("half an ans", "failed", INTERRUPTED)
+
+
+def test_an_answer_the_disk_refuses_is_kept_and_saved_later(
+    stepped: tuple[Rig, SteppedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, engine = stepped
+    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 0.02)
+    full = threading.Event()
+    full.set()
+    save = rig.history.save_answer
+
+    def save_answer(*given: Any) -> None:
+        if full.is_set():
+            raise HistoryError("The disk is full.", "Free some space.")
+        save(*given)
+
+    monkeypatch.setattr(rig.history, "save_answer", save_answer)
+    chat = rig.sessions.send(None, "go")
+    engine.stream(chat, 1).say("precious")
+    engine.stream(chat, 1).finish()
+    view = rig.until(chat, lambda v: v.live is not None and "disk is full" in v.live.notice)
+    assert live_text(view) == "precious"
+    full.clear()
+    assert rig.settled(chat)[-1].content == "precious"
+    assert rig.settled(chat)[-1].state == "complete"
+
+
+def test_titles_are_the_first_line_cut_at_a_word(rig: Rig) -> None:
+    long = "word " * 40
+    chat = rig.sessions.send(None, long)
+    title = rig.sessions.view(chat).title
+    assert title.endswith("word\u2026")
+    assert len(title) <= 61
+    other = rig.sessions.create()
+    rig.sessions.rename(other, "Mine")
+    rig.sessions.send(other, "hello")
+    rig.settled(chat)
+    rig.settled(other)
+    assert rig.sessions.view(other).title == "Mine"
+    rig.sessions.rename(other, "  ")
+    assert rig.sessions.view(other).title == "Mine"
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Tabs, reloads, restarts and a moody engine: what a tab saw is what is stored (SM6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.engine = SteppedEngine()
+        self.rig = Rig(self.folder, self.engine)
+        self.chat = self.rig.sessions.create()
+        self.questions = 0
+        self.said = ""
+        self.running = False
+        self.tabs: list[list[str]] = [[], [], []]
+
+    @precondition(lambda self: not self.running)
+    @rule(again=st.booleans())
+    def ask(self, again: bool) -> None:
+        turns = self.rig.sessions.view(self.chat).messages
+        if again and turns:
+            self.rig.sessions.retry(self.chat, turns[-1].id)
+        else:
+            self.rig.sessions.send(self.chat, f"question {self.questions}")
+        self.questions += 1
+        self.said, self.running, self.tabs = "", True, [[], [], []]
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def ask_twice(self) -> None:
+        with pytest.raises(BusyError):
+            self.rig.sessions.send(self.chat, "again")
+
+    @precondition(lambda self: self.running)
+    @rule(text=st.sampled_from(("a", "bc", "é\n", "   ")))
+    def say(self, text: str) -> None:
+        self.engine.stream(self.chat, self.questions).say(text)
+        self.said += text
+        self.rig.until(self.chat, lambda view: live_text(view) == self.said)
+
+    @rule(tab=st.integers(0, 2))
+    def look(self, tab: int) -> None:
+        view = self.rig.sessions.view(self.chat)
+        if view.live is not None:
+            self.tabs[tab].append(view.live.text)
+
+    @precondition(lambda self: self.running)
+    @rule(how=st.sampled_from(("finish", "die", "stop", "restart")))
+    def end(self, how: str) -> None:
+        stream = self.engine.stream(self.chat, self.questions)
+        if how == "finish":
+            stream.finish()
+        elif how == "die":
+            stream.fed.put(EngineDiedError("gone"))
+        elif how == "stop":
+            self.rig.sessions.stop(self.chat)
+        else:
+            self.rig.close()
+            self.rig.open()
+        last = self.rig.settled(self.chat)[-1]
+        self.running = False
+        wanted = {"finish": "complete", "stop": "stopped"}.get(how, "failed")
+        assert (last.content, last.state) == (self.said, wanted)
+        for seen in self.tabs:
+            assert all(last.content.startswith(text) for text in seen)
+            assert seen == sorted(seen, key=len)
+
+    @invariant()
+    def turns_alternate(self) -> None:
+        view = self.rig.sessions.view(self.chat)
+        roles = [turn.role for turn in view.messages]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+        assert (view.live is not None) == self.running == (len(roles) % 2 == 1)
+        stored = self.rig.history.messages(self.chat)
+        assert len(stored) == len(roles) + self.running
+
+    def teardown(self) -> None:
+        self.rig.close()
+        shutil.rmtree(self.folder)
+
+
+TestSessionMachine = SessionMachine.TestCase
+TestSessionMachine.settings = settings(
+    max_examples=40,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
