@@ -6,6 +6,10 @@ import random
 
 from assets.training.items import Item, ask, pick
 
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
 PLACES = ("Ones", "Tens", "Hundreds", "Thousands")
 
 
@@ -104,6 +108,7 @@ def addition(rng: random.Random) -> Item:
         a, b = (b, a) if rng.random() < 0.5 else (a, b)
     else:
         a, b = _operand(rng), _operand(rng)
+    in_words = max(a, b) <= 20 and rng.random() < 0.25
     question = ask(
         rng,
         (
@@ -111,14 +116,15 @@ def addition(rng: random.Random) -> Item:
             "calculate|) {a} (plus|+|plus|and|added to) {b}?",
             "(Add|Please add|Sum|Add up|Can you add) {a} and {b}.",
             "{a}(+| + |+ ){b}( =|=|=?|)",
+            "(And|Now|What about|And what is|How about|Next:) {a} (+|plus) {b}?",
             "(What is|What's|Give me|Find) the sum of {a} and {b}?",
             "(I have|There are) {a} (apples|coins|books|eggs|cups) and (get|find|buy) {b} more. "
             "How many (is that|do I have)?",
             "(I have|She has|He has) {a} (apples|coins|books|euros) and {b} (more|more come). How "
             "many in total?",
         ),
-        a=a,
-        b=b,
+        a=NUMBER_WORDS[a] if in_words else a,
+        b=NUMBER_WORDS[b] if in_words else b,
     )
     return Item("addition", ("addition", *sorted((a, b))), question, add_steps(a, b))
 
@@ -138,6 +144,7 @@ def subtraction(rng: random.Random) -> Item:
             "less) {b}?",
             "(Subtract|Please subtract|Take) {b} from {a}.",
             "{a}(-| - |- ){b}( =|=|=?|)",
+            "(And|Now|What about|And what is|How about|Next:) {a} (-|minus) {b}?",
             "(What is|What's|Find) the difference (between|of) {a} and {b}?",
             "(I have|There are) {a} (apples|coins|books|euros|eggs) and (lose|eat|sell|spend|give "
             "away) {b}. How many are left?",
@@ -167,6 +174,7 @@ def multiplication(rng: random.Random) -> Item:
             "x|multiplied by) {b}?",
             "(Multiply|Please multiply|Can you multiply) {a} (by|with|and) {b}.",
             "{a}(*| * |x| x |×){b}( =|=|=?|)",
+            "(And|Now|What about|And what is|How about|Next:) {a} (times|*|x) {b}?",
             "(What is|What's|Find) the product of {a} and {b}?",
             "(I have|There are) {a} (boxes|bags|rows) with {b} (apples|eggs|coins|books) each. "
             "How many (is that|in total)?",
@@ -240,6 +248,8 @@ def unit(rng: random.Random) -> Item:
     large, small, factor, large_short, small_short = pick(rng, UNITS)
     count = rng.randint(2, 9) if factor in (12, 24) else rng.randint(1, 99 if factor > 60 else 30)
     back = rng.random() < 0.3
+    if back and factor in (7, 8, 60):
+        count = rng.randint(2, 10)
     big = _named(2, large).split()[1] if rng.random() < 0.7 else large_short
     little = _named(2, small).split()[1] if rng.random() < 0.7 else small_short
     amount, source, target = (count * factor, little, big) if back else (count, big, little)
@@ -258,11 +268,12 @@ def unit(rng: random.Random) -> Item:
         t=target,
     )
     first = f"1 {large} is {factor} {small}s."
+    zeros = f"{len(str(factor)) - 1} zero{'' if factor == 10 else 's'}"
     if back:
         work = (
             f"{count} * {factor} = {count * factor}."
             if factor in (7, 8, 12, 24, 60)
-            else f"Take away {len(str(factor)) - 1} zeros: {count}."
+            else f"Take away {zeros}: {count}."
         )
         result = _named(count, large)
     else:
@@ -277,12 +288,43 @@ def unit(rng: random.Random) -> Item:
         elif factor in (7, 8):
             work = f"{count} * {factor} = {count * factor}."
         else:
-            work = f"Put {len(str(factor)) - 1} zeros at the end of {count}."
+            work = f"Put {zeros} at the end of {count}."
     answer = f"{first}\n{work}\nSo the answer is **{result}**."
     return Item("unit", ("unit", large, small, count, back), question, answer)
 
 
+HARD = (
+    "(What is|What's|Calculate|Compute|) {c} (+|-|*|plus|minus|times|/) {d}?",
+    "(What is|What's|Calculate|Compute|) the (square root|cube root|logarithm|sine|factorial) of "
+    "{a}?",
+    "(What is|What's|Calculate|) {a} percent of {b}?",
+    "(What is|What's|Calculate|) {a} (to the power of|squared plus|^|**|mod) {b}?",
+    "(What is|What's|Calculate|) {a}.{b} (+|-|*|plus|times|/) {d}?",
+    "(Solve|Can you solve) (x|2x|3x|y) (+|-) {a} = {b}(| for x).",
+    "(What is|What's) {a} (+|plus) {b} (+|-|*|plus|minus) {e}?",
+    "(Is|Tell me if) {a} (a prime number|prime|divisible by {e})?",
+)
+
+
+def hard_sum(rng: random.Random) -> Item:
+    """Arithmetic beyond the model, which it should say and not guess."""
+    values = {
+        "a": rng.randint(1, 99),
+        "b": rng.randint(1, 99),
+        "c": rng.randint(10_000, 10 ** rng.randint(5, 9)),
+        "d": rng.randint(1000, 10 ** rng.randint(4, 9)),
+        "e": rng.randint(1, 99),
+    }
+    question = ask(rng, HARD, **values)
+    answer = (
+        "Sorry, that is too hard for me. I add, subtract, multiply and divide two small whole "
+        "numbers."
+    )
+    return Item("hard_sum", ("hard_sum", question.lower()), question, answer)
+
+
 TASKS = {
+    "hard_sum": (hard_sum, 1.2),
     "addition": (addition, 8.0),
     "subtraction": (subtraction, 8.0),
     "multiplication": (multiplication, 8.0),

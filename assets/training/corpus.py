@@ -10,7 +10,17 @@ import hashlib
 import random
 from itertools import accumulate
 
-from assets.training import arithmetic, glossary, howto, identity, knowledge, lists, stories
+from assets.training import (
+    arithmetic,
+    courtesy,
+    glossary,
+    howto,
+    identity,
+    knowledge,
+    lists,
+    refusals,
+    stories,
+)
 from assets.training.items import Item, Task, is_held_out, pick
 from assets.training.memory import draw_memory, draw_unknown
 
@@ -21,6 +31,8 @@ TASKS: dict[str, tuple[Task, float]] = {
     **glossary.TASKS,
     **howto.TASKS,
     **identity.TASKS,
+    **refusals.TASKS,
+    **courtesy.TASKS,
     **arithmetic.TASKS,
     **lists.TASKS,
     **stories.TASKS,
@@ -29,7 +41,7 @@ TASKS: dict[str, tuple[Task, float]] = {
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "app": ("term", "difference", "hit_rate", "how_to"),
-    "identity": ("about", "refusal"),
+    "identity": ("about", "refusal", "hard_sum"),
     "addition": ("addition",),
     "subtraction": ("subtraction",),
     "multiplication": ("multiplication",),
@@ -37,7 +49,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "counting": ("counting", "neighbor"),
     "comparisons and lists": ("comparing", "parity", "word_list", "number_list"),
     "memory": ("memory",),
-    "stories": ("story",),
+    "stories": ("story", "story", "note"),
     "greetings": ("courtesy",),
     "division": ("division",),
     "general facts": ("knowledge",),

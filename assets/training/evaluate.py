@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets.training.corpus import CLASSES, evaluation_item
 from assets.training.items import Item
+from assets.training.probes import PROBES
 
 EVALUATION_SEED = 2024
 PER_CLASS = 48
@@ -87,7 +88,6 @@ def answer_all(
             [prompts[i] for i in chosen],
             return_tensors="pt",
             padding=True,
-            return_token_type_ids=False,
         )
         output = model.generate(
             **inputs,
@@ -109,6 +109,21 @@ def ask_all(model, tokenizer, asked: list[tuple[str, Item]]) -> list[Outcome]:
         Outcome(group, item, text, ended)
         for (group, item), (text, ended) in zip(asked, answers, strict=True)
     ]
+
+
+def ask_probes(model, tokenizer) -> list[tuple[tuple[str, ...], str, bool]]:
+    """The handwritten chats played turn by turn: messages, last answer, whether it fits."""
+    chats: list[list[dict[str, str]]] = [[] for _ in PROBES]
+    last = [""] * len(PROBES)
+    for turn in range(max(len(messages) for messages, _ in PROBES)):
+        due = [i for i, (messages, _) in enumerate(PROBES) if turn < len(messages)]
+        for i in due:
+            chats[i].append({"role": "user", "content": PROBES[i][0][turn]})
+        answers = answer_all(model, tokenizer, [chats[i] for i in due])
+        for i, (text, _) in zip(due, answers, strict=True):
+            chats[i].append({"role": "assistant", "content": text})
+            last[i] = text
+    return [(said, text, wanted in text) for (said, wanted), text in zip(PROBES, last, strict=True)]
 
 
 def score(outcomes: list[Outcome]) -> dict:
@@ -138,6 +153,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=PER_CLASS)
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
+    parser.add_argument("--probes", action="store_true", help="play the handwritten chats too")
     parser.add_argument("--failures", type=int, default=0, help="show this many per class")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -149,6 +165,11 @@ def main() -> None:
         for outcome in wrong[: args.failures]:
             print(f"[{group}] {outcome.item.question!r}")
             print(f"   want {outcome.item.answer!r}\n   got  {outcome.answer!r}")
+    if args.probes:
+        played = ask_probes(model, tokenizer)
+        for said, text, fits in played:
+            print("ok  " if fits else "BAD ", said[-1], "=>", text.replace("\n", " / "))
+        result["probes"] = {"right": sum(p[2] for p in played), "asked": len(played)}
     print(json.dumps(result, indent=1))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from assets.training.items import Item, phrase_fact, pick
+from assets.training.items import Item, draw_fact
 
 _HOW = (
     "(How do I|How can I|How to|How would I|Where do I|Where can I|Can I|I want to|Tell me how to|"
@@ -20,8 +20,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "(Where|Where exactly) (is|are) the (other|bigger|larger) (models|model|model list)?",
             "(Which|What) (other|bigger) models (are there|can I use|do you have)?",
         ),
-        "Open the model dropdown and choose another model. The app then loads it and offloads its "
-        "experts as far as your memory requires.",
+        "Choose another model in the dropdown at the top and press Load. Its experts are then "
+        "offloaded as far as your memory requires.",
     ),
     "stop": (
         (
@@ -69,7 +69,7 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "Where (are|is) (my old chats|my chats|my earlier chats|the chat history|my history|"
             "the list of chats)?",
         ),
-        "Your earlier chats are in the list of chats. Click one to open it and go on where you "
+        "Your earlier chats are in the list on the left. Click one to open it and go on where you "
         "stopped.",
     ),
     "rename": (
@@ -77,7 +77,7 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             f"{_HOW} (rename|name|retitle|change the name of|give a new name to) (a|my|this|the) "
             "(chat|conversation)?",
         ),
-        "Choose the chat in the list, press Rename and type a new title.",
+        "Find the chat in the list on the left, press Rename and type a new title.",
     ),
     "delete": (
         (
@@ -85,8 +85,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             f"{_HOW} (delete|remove|erase) (my|all|all my|old|these) (chats|conversations|"
             "messages|data)?",
         ),
-        "Choose the chat in the list and press Delete. Its text is then removed from this "
-        "computer.",
+        "Find the chat in the list on the left and press Delete twice. Its text is then removed "
+        "from this computer.",
     ),
     "dark mode": (
         (
@@ -96,8 +96,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "(It is|The screen is|The page is) too bright(.|,) (can you make it dark?|is there a "
             "dark mode?)",
         ),
-        "The app follows the light or dark setting of your system by itself. You can also change "
-        "it with the theme switch in the app.",
+        "Open the settings and choose the theme: System, Light or Dark. System follows your "
+        "computer.",
     ),
     "where stored": (
         (
@@ -130,8 +130,7 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "(offline|without internet|without a network|on a plane)?",
             "(Are you|Is this|Is the app) (online|connected to the internet|in the cloud|offline)?",
         ),
-        "No internet is needed for chatting. The app goes online only when you ask it to download "
-        "a model.",
+        "No internet is needed. The model and your chats are on this computer.",
     ),
     "slow start": (
         (
@@ -154,8 +153,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "improve the speed|increase the speed)?",
             "What (makes|would make) (it|you|the model) faster?",
         ),
-        "Give the expert cache more VRAM, choose a smaller or quantized model, and close other "
-        "programs that use the graphics card.",
+        "In the settings, keep more experts on the card. A smaller or quantized model is faster "
+        "too, and so is closing other programs that use the graphics card.",
     ),
     "why slow": (
         (
@@ -217,8 +216,37 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             "What do (the|these|all these) (numbers|figures|colors|bars|lines|squares) (mean|show|"
             "in the panel mean)?",
         ),
-        "Look at the hit rate first: high is good. Then look at the stall time: it shows how long "
-        "the layers waited for experts. Ask me about any word in the panel.",
+        "Look at the hit rate first: high is good. Then look at the stall per token: it shows how "
+        "long each token waited for experts. Ask me about any word in the panel.",
+    ),
+    "which stay": (
+        (
+            "How does (PreScope|the app|it) (decide|choose|know|pick) (which|what) experts (stay|"
+            "are kept|remain|go|belong) (on|in) (the GPU|VRAM|the card|the graphics card)?",
+            "(Which|What) experts (stay|are kept|remain|are) (on|in) (the GPU|VRAM|the card|the "
+            "cache)?",
+            "How (are|does it choose) the experts (chosen|to keep|to evict|in VRAM chosen|for the "
+            "cache)?",
+        ),
+        "PreScope keeps the experts that were used often and lately, and those the predictor "
+        "expects next. The others wait in RAM.",
+    ),
+    "search": (
+        (
+            f"{_HOW} (search|look for|find something in|search through) (my|the|old|all) (chats|"
+            "messages|conversations)?",
+            "(Is there|Where is) (a|the) search (box|field|function|)?",
+        ),
+        "Type a word into the search box above the list of chats.",
+    ),
+    "own model": (
+        (
+            f"{_HOW} (add|use|load|bring|open) (my own|a downloaded|my|a local) (model|models)?",
+            f"{_HOW} (add|set|change) (a|the|another) model folder?",
+            "(Where|How) does the app (find|look for|search for) (models|the models|my models)?",
+        ),
+        "Open the settings and add the folder of the model under Model folders. It then shows up "
+        "in the dropdown at the top.",
     ),
     "copy answer": (
         (f"{_HOW} (copy|save|share) (an answer|the answer|the text|a reply|your answer)?",),
@@ -231,8 +259,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             f"{_HOW} (change|set|lower|raise) the (temperature|seed|answer length|maximum length|"
             "system prompt)?",
         ),
-        "Open the settings in the app. There you can change the temperature, the answer length, "
-        "the memory for the cache and more.",
+        "Open the settings. There you find the theme, the system prompt, the temperature, the "
+        "placement policy, the VRAM limit and the model folders.",
     ),
     "cost": (
         (
@@ -260,8 +288,8 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
             f"{_HOW} (use the API|call the API|connect another program|use it from Python|connect "
             "my own program)?",
         ),
-        "Yes, the app has a local API in the usual chat format under /v1. Other programs on this "
-        "computer can use it with the key from the settings.",
+        "Yes, the app has a local API in the usual chat format under /v1, for other programs on "
+        "this computer.",
     ),
 }
 """Fact name -> (how people ask, the one answer)."""
@@ -269,9 +297,7 @@ HOW_TO: dict[str, tuple[tuple[str, ...], str]] = {
 
 def how_to(rng: random.Random) -> Item:
     """A question about using the app."""
-    name = pick(rng, tuple(HOW_TO))
-    patterns, answer = HOW_TO[name]
-    return phrase_fact(rng, "how_to", name, patterns, answer)
+    return draw_fact(rng, "how_to", HOW_TO)
 
 
 TASKS = {"how_to": (how_to, 9.0)}

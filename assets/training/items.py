@@ -30,6 +30,18 @@ _SHORTHAND = {
     " and ": " & ",
 }
 
+_OPENERS = tuple(
+    "hey |ok |so |please |um, |well, |Hi! |Hello, |Sorry, |Quick question: |I was wondering, |"
+    "Just curious, |I am new here. |One thing: |ok so |hey bot, |Dumb question but |"
+    "My friend asks: |Hm, |Right, |Good. |Thanks. |Alright, |Could you help me? |And |"
+    "Hi there. |Tell me, |Sorry to ask but |Next one: |Oh, ".split("|")
+)
+_CLOSERS = tuple(
+    " please| thanks| pls|, please| thx| if you don't mind| for me| by the way| anyway| :)| lol|"
+    " then| now| you know| real quick| bot| mate".split("|")
+)
+_DROPPABLE = frozenset("the a an is are do does to of in can could would it".split())
+
 
 @dataclass(frozen=True)
 class Item:
@@ -70,13 +82,11 @@ def roughen(rng: random.Random, text: str) -> str:
     Fields such as {name} are left alone, so the values an answer depends on stay intact.
     """
     roll = rng.random
-    if roll() < 0.10:
-        text = (
-            pick(rng, ("hey ", "ok ", "so ", "please ", "um, ", "well, ", "Hi! ", "Hello, ")) + text
-        )
-    if roll() < 0.08:
+    if roll() < 0.14:
+        text = pick(rng, _OPENERS) + text
+    if roll() < 0.09:
         bare = text.rstrip("?.!")
-        text = bare + pick(rng, (" please", " thanks", " pls", ", please")) + text[len(bare) :]
+        text = bare + pick(rng, _CLOSERS) + text[len(bare) :]
     if roll() < 0.08:
         for long_form, short in _SHORTHAND.items():
             if roll() < 0.6:
@@ -121,6 +131,16 @@ def _mistype(rng: random.Random, parts: list[str]) -> list[str]:
     return [*parts[:i], word, *parts[i + 1 :]]
 
 
+def blur(rng: random.Random, text: str) -> str:
+    """Sometimes leave out a small word, as hurried people and learners do."""
+    words = text.split(" ")
+    spots = [i for i, word in enumerate(words) if word.lower() in _DROPPABLE]
+    if len(words) < 4 or not spots or rng.random() > 0.08:
+        return text
+    del words[pick(rng, spots)]
+    return " ".join(words)
+
+
 def ask(rng: random.Random, patterns: tuple[str, ...], **values: object) -> str:
     """One rough sentence from a set of patterns, with the values filled in."""
     text = roughen(rng, expand(rng, pick(rng, patterns)))
@@ -132,4 +152,11 @@ def phrase_fact(
 ) -> Item:
     """An item whose held-out thing is the phrasing: the key is the fact and the clean sentence."""
     clean = expand(rng, pick(rng, patterns))
-    return Item(task, (task, fact, clean), roughen(rng, clean), answer)
+    return Item(task, (task, fact, clean), roughen(rng, blur(rng, clean)), answer)
+
+
+def draw_fact(rng: random.Random, task: str, facts: dict[str, tuple[tuple[str, ...], str]]) -> Item:
+    """One of many facts, each with the ways people ask for it and its one answer."""
+    name = pick(rng, tuple(facts))
+    patterns, answer = facts[name]
+    return phrase_fact(rng, task, name, patterns, answer)

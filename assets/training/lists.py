@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import random
 
+from assets.training.arithmetic import NUMBER_WORDS
 from assets.training.items import Item, ask, pick
 from assets.training.words import NOUNS
-
-NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
 
 
 def counting(rng: random.Random) -> Item:
@@ -40,6 +36,7 @@ def counting(rng: random.Random) -> Item:
         patterns = (
             "(Count|Please count|Can you count) (down|backwards|back) from {a} (to|down to) {b}.",
             "(Count|Please count) from {a} (down|back) to {b}.",
+            "(Count|Please count|Can you count|Say the numbers) from {a} to {b}.",
         )
     else:
         patterns = (

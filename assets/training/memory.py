@@ -216,6 +216,8 @@ SLOTS: dict[str, Slot] = {
 def draw_memory(rng: random.Random, held_out: bool, exclude: tuple[str, ...] = ()) -> Memory:
     """A fact on the wanted side of the split; values of one word are held out by value."""
     names = tuple(name for name in SLOTS if name not in exclude)
+    if not held_out and "name" in names and "town" in names and rng.random() < 0.08:
+        return _name_and_town(rng)
     while True:
         # Names are what people try first, so they come up more often.
         name = "name" if "name" in names and rng.random() < 0.3 else pick(rng, names)
@@ -235,6 +237,28 @@ def draw_memory(rng: random.Random, held_out: bool, exclude: tuple[str, ...] = (
         ask(rng, slot.question, **fields),
         slot.answer.format(**fields),
     )
+
+
+def _name_and_town(rng: random.Random) -> Memory:
+    """Two facts in one sentence, one of them asked for later."""
+    while True:
+        who, where = person(rng), town(rng)
+        keys = ("memory", "name", who), ("memory", "town", where)
+        if not any(map(is_held_out, keys)):
+            break
+    told = ask(
+        rng,
+        (
+            "(Hi, |Hello, |) (I am|I'm|my name is) {v} (and I live in|and I am from|from) {w}.",
+            "(My name is|I am called) {v}. (I live in|I come from|I am from) {w}.",
+        ),
+        v=who,
+        w=where,
+    )
+    name, key, value = pick(rng, (("name", keys[0], who), ("town", keys[1], where)))
+    question = ask(rng, SLOTS[name].question)
+    reply = f"Nice to meet you, {who}! I hope life is good in {where}."
+    return Memory(name, key, told, reply, question, SLOTS[name].answer.format(v=value))
 
 
 def draw_unknown(rng: random.Random, exclude: tuple[str, ...] = ()) -> tuple[str, str]:

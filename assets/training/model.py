@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from assets.training.tokens import MAX_TOKENS
 
-TARGET_SPREAD = 0.68
+TARGET_SPREAD = 0.72
 """Effective experts per layer that training steers to, as a share of all experts."""
+
+STARVING_SHARE = 0.15
+"""An expert used less than this share of an even load gets an extra pull, so that none dies."""
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
@@ -75,8 +76,11 @@ class BalanceControl:
             self.shares[layer].mul_(0.98).add_(used, alpha=0.02)
             push = 0.03 * (TARGET_SPREAD - float(effective[layer]))
             push = min(max(push, -0.004), 0.01)
-            # The running shares steer together with the batch: one batch is one length of chat.
-            total = total + push * self.experts * (used * chances.mean(0)).sum()
+            # The running shares set the strength: one batch alone is chats of one length.
+            mean = chances.mean(0)
+            total = total + push * self.experts * (used * mean).sum()
+            starving = self.shares[layer] < STARVING_SHARE / self.experts
+            total = total - 0.01 * mean[starving].log().sum() / self.experts
         return total
 
     def describe(self) -> str:
@@ -89,6 +93,4 @@ def learning_rate(progress: float, step: int, warmup: int, peak: float, decay_fr
     rate = peak * min(1.0, (step + 1) / warmup)
     if progress > decay_from:
         rate *= max(0.02, 1 - (progress - decay_from) / (1 - decay_from))
-    if math.isnan(rate):
-        raise ValueError("the learning rate is not a number")
     return rate

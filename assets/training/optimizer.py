@@ -61,15 +61,13 @@ class Muon(torch.optim.Optimizer):
                 param.add_(update, alpha=-group["lr"] * scale)
 
 
-def build_optimizers(
-    model: torch.nn.Module, rate: float, muon: bool
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Matrices of attention and experts to Muon; embeddings, routers and norms to AdamW."""
     matrices, plain, small = [], [], []
     for name, param in model.named_parameters():
         if param.ndim < 2:
             small.append(param)
-        elif muon and "embed" not in name and "mlp.gate.weight" not in name:
+        elif "embed" not in name and "mlp.gate.weight" not in name:
             matrices.append(param)
         else:
             plain.append(param)
@@ -78,4 +76,4 @@ def build_optimizers(
         {"params": small, "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
-    return [adam, Muon(matrices, rate)] if matrices else [adam]
+    return [adam, Muon(matrices, rate)]

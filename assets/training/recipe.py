@@ -10,6 +10,8 @@ class Phase:
     """One stretch of training, measured in real tokens."""
 
     name: str
+    corpus: str
+    """The edition of the corpus, see `corpus.digest`; each edition is one commit."""
     seed: int
     tokens: int
     peak_rate: float
@@ -24,11 +26,24 @@ class Phase:
 PHASES = (
     Phase(
         name="base",
+        corpus="43682ea10b8513d8",
         seed=101,
-        tokens=9_000_000,
+        tokens=3_750_000,
         peak_rate=2.5e-3,
         warmup_steps=150,
         decay_from=1.0,
+        copy_share=0.05,
+        user_weight=0.08,
+        batch_tokens=3072,
+    ),
+    Phase(
+        name="finish",
+        corpus="71000f7cd001e6e4",
+        seed=202,
+        tokens=12_000_000,
+        peak_rate=2.5e-3,
+        warmup_steps=1,
+        decay_from=0.4,
         copy_share=0.05,
         user_weight=0.08,
         batch_tokens=3072,

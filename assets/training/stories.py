@@ -79,7 +79,8 @@ def story(rng: random.Random) -> Item:
                 ("name", "color", "object"),
             ),
             (
-                f"{_TELL} (me|) {_STORY}(, please| now| for my child| for kids| to sleep|).",
+                f"{_TELL} ({_STORY}|{_STORY}|another story|one more story|a new story)"
+                "(, please| now| for my child| for kids| to sleep|).",
                 (),
             ),
             (
@@ -99,4 +100,45 @@ def story(rng: random.Random) -> Item:
     return Item("story", key, question, answer, must_mention=values)
 
 
-TASKS = {"story": (story, 6.0)}
+_RECIPIENTS = tuple(
+    "colleague friend boss teacher neighbor mother father sister brother doctor team customer "
+    "partner uncle aunt grandmother coach".split()
+)
+_NOTES = {
+    "to (thank|say thank you to|say thanks to)": (
+        "thank you so much for your help. It really made my day easier."
+    ),
+    "to (congratulate|wish a happy birthday to)": (
+        "all the best to you! I wish you much joy today and in the year ahead."
+    ),
+    "to (say sorry to|apologize to)": (
+        "I am sorry for my mistake. I hope that you can forgive me."
+    ),
+    "to (invite|send an invitation to)": (
+        "I would like to invite you to my home. It would be lovely to see you."
+    ),
+}
+
+
+def note(rng: random.Random) -> Item:
+    """A short note of a fixed kind to somebody."""
+    purpose = pick(rng, tuple(_NOTES))
+    who = pick(rng, _RECIPIENTS) if rng.random() < 0.7 else person(rng)
+    known = who in _RECIPIENTS
+    article = "my" if who[0] in "aeiou" else pick(rng, ("a", "my", "my"))
+    shown = f"{article} {who}" if known else who
+    question = ask(
+        rng,
+        (
+            "(Write|Write me|Please write|Can you write) (a|me a) "
+            f"(short|little|) (note|message|card) {purpose} {{who}}.".replace("me a", "a"),
+            f"(I need|I want|Help me with) a (short|little|) (note|message|card) {purpose} "
+            f"{{who}}.",
+        ),
+        who=shown,
+    )
+    answer = f"Dear {who},\n{_NOTES[purpose]}\nBest wishes"
+    return Item("note", ("note", purpose, who), question, answer)
+
+
+TASKS = {"note": (note, 1.2), "story": (story, 6.0)}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import Qwen3MoeForCausalLM
+from transformers import GenerationConfig, Qwen3MoeForCausalLM
 
 from assets.training.corpus import digest
 from assets.training.model import BalanceControl, build_model, learning_rate
 from assets.training.optimizer import build_optimizers
 from assets.training.recipe import PHASES, Phase
-from assets.training.tokens import Batch, build_tokenizer, load_tokenizer, pool_batches
+from assets.training.tokens import MAX_TOKENS, Batch, build_tokenizer, load_tokenizer, pool_batches
 
 MODEL_SEED = 11
 
@@ -28,7 +28,7 @@ MODEL_SEED = 11
 class Run:
     """A model under training with its optimizers, balance and position in the recipe."""
 
-    def __init__(self, work: Path, muon: bool) -> None:
+    def __init__(self, work: Path) -> None:
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         if not (work / "tokenizer" / "tokenizer.json").exists():
@@ -39,9 +39,8 @@ class Run:
         self.balance = BalanceControl(
             config.num_hidden_layers, config.num_experts, config.num_experts_per_tok
         )
-        self.optimizers = build_optimizers(self.model, PHASES[0].peak_rate, muon)
+        self.optimizers = build_optimizers(self.model, PHASES[0].peak_rate)
         self.phase, self.pool, self.tokens, self.step, self.wall_s = 0, 0, 0, 0, 0.0
-        self.corpora: list[str] = []
 
     def save(self, name: str) -> None:
         """Write a snapshot to go on from; the file appears only when it is complete."""
@@ -50,7 +49,6 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "shares": self.balance.shares,
             "position": (self.phase, self.pool, self.tokens, self.step, self.wall_s),
-            "corpora": self.corpora,
         }
         partial = self.work / f"{name}.partial"
         torch.save(state, partial)
@@ -64,7 +62,6 @@ class Run:
             optimizer.load_state_dict(saved)
         self.balance.shares.copy_(state["shares"])
         self.phase, self.pool, self.tokens, self.step, self.wall_s = state["position"]
-        self.corpora = state["corpora"]
 
     def learn(self, batch: Batch, rate: float) -> float:
         """One step; returns the loss on assistant tokens."""
@@ -90,8 +87,13 @@ class Run:
 
     def run_phase(self, phase: Phase, snapshot_every: int, stop_at: int | None) -> bool:
         """Train to the end of a phase; False when stopped before it."""
-        if len(self.corpora) <= self.phase:
-            self.corpora.append(digest())
+        if self.tokens >= phase.tokens:
+            return True
+        if digest() != phase.corpus:
+            raise SystemExit(
+                f"Phase {phase.name} was made with corpus edition {phase.corpus}, this is "
+                f"{digest()}. Run it from the commit that names its edition in recipe.py first."
+            )
         self.model.train()
         losses: list[float] = []
         next_snapshot = (self.tokens // snapshot_every + 1) * snapshot_every
@@ -131,18 +133,28 @@ class Run:
 
 
 def export(model: Qwen3MoeForCausalLM, tokenizer, folder: Path) -> None:
-    """Write the model as bf16 in plain Hugging Face files."""
+    """Write the model as bf16 in plain Hugging Face files that any loader understands."""
     folder.mkdir(parents=True, exist_ok=True)
-    generation = model.generation_config
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.do_sample = False
-    generation.max_new_tokens = 256
     half = Qwen3MoeForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half.generation_config = generation
+    half.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     half.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "model_max_length": MAX_TOKENS,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main() -> None:
@@ -152,11 +164,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--snapshot-every", type=int, default=1_000_000, metavar="TOKENS")
     parser.add_argument("--stop-at", type=int, metavar="TOKENS", help="stop early (for trials)")
-    parser.add_argument("--adamw", action="store_true", help="AdamW for everything (for trials)")
     parser.add_argument("--export", type=Path, help="write the finished model here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    run = Run(args.work, muon=not args.adamw)
+    run = Run(args.work)
     if (args.work / "latest.pt").exists():
         run.load(args.work / "latest.pt")
     while run.phase < len(PHASES):
@@ -168,7 +179,7 @@ def main() -> None:
         run.save("latest")
     if args.export:
         export(run.model, run.tokenizer, args.export)
-    print(json.dumps({"phases": len(PHASES), "wall_s": round(run.wall_s), "corpora": run.corpora}))
+    print(json.dumps({"phases": len(PHASES), "wall_s": round(run.wall_s)}))
 
 
 if __name__ == "__main__":
