@@ -74,7 +74,7 @@ class ModelShelf:
     def __call__(self) -> list[ModelOffer]:
         """Return the built-in model, then folders, then the cache; never raises."""
         found = [self._built_in()]
-        for name in self._settings.current().model_folders:
+        for name in filter(None, self._settings.current().model_folders):
             found += itertools.islice(_in_folder(Path(name)), _MAX_OFFERS)
         found += itertools.islice(_in_cache(cache_folder(self._environ)), _MAX_OFFERS)
         return list({offer.path: offer for offer in reversed(found)}.values())[::-1]
@@ -92,11 +92,11 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     """Return where the Hugging Face hub keeps its downloads under these variables."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
-            return Path(environ[name]).expanduser()
+            return Path(os.path.expanduser(environ[name]))
     if environ.get("HF_HOME"):
-        return Path(environ["HF_HOME"]).expanduser() / "hub"
+        return Path(os.path.expanduser(environ["HF_HOME"])) / "hub"
     base = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+    return Path(os.path.expanduser(base)) / "huggingface" / "hub"
 
 
 def inspect_folder(
