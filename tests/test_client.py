@@ -20,6 +20,7 @@ from runtime.core import (
     Delta,
     EngineStatus,
     Finished,
+    GenerationChunk,
     LoadRequest,
     Message,
     SamplingParams,
@@ -197,11 +198,10 @@ def test_a_policy_change_reaches_the_engine_and_survives_a_restart(engine: Local
 
 def test_the_engine_killed_mid_answer_is_reported_and_restarted(engine: LocalEngine) -> None:
     load(engine)
-    text = ""
+    seen: list[GenerationChunk] = []
     with pytest.raises(EngineDiedError, match="memory") as death:
-        for chunk in engine.generate("c", [Message("user", "so far kill")], PARAMS):
-            text += chunk.text if isinstance(chunk, Delta) else ""
-    assert text == "so far "
+        seen.extend(engine.generate("c", [Message("user", "so far kill")], PARAMS))
+    assert [chunk.text for chunk in seen if isinstance(chunk, Delta)] == ["so ", "far "]
     assert "engine.log" in death.value.next_step
     assert say(engine, "back") == "back "
     status = engine.status()
