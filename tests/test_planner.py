@@ -1,0 +1,225 @@
+"""The plan never promises a byte that is not there, whatever the machine, model and wishes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+
+from runtime import planner
+from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Reading
+from runtime.errors import ConfigError, MemoryPlanError
+
+GIB = 2**30
+ASSUMED = Reading(1.0, "assumed")
+CARD = HardwareProfile(
+    device_kind="cuda",
+    device_name="card",
+    vram_total_bytes=12 * GIB,
+    vram_free_bytes=11 * GIB,
+    ram_total_bytes=64 * GIB,
+    ram_free_bytes=60 * GIB,
+    link_bytes_per_s=ASSUMED,
+    link_unpinned_bytes_per_s=ASSUMED,
+    link_call_s=ASSUMED,
+    cpu_expert_bytes_per_s=ASSUMED,
+    cpu_expert_bytes_per_s_while_copying=ASSUMED,
+    cpu_call_s=ASSUMED,
+    device_bytes_per_s=ASSUMED,
+    device_layer_s=ASSUMED,
+    host_layer_s=ASSUMED,
+)
+EMULATED = replace(CARD, device_kind="emulated", vram_total_bytes=0, vram_free_bytes=0)
+SHAPE = ModelShape(
+    name="model",
+    experts=(128,) * 48,
+    top_k=8,
+    expert_bytes=9_437_184,
+    dense_bytes=3 * GIB,
+    kv_bytes_per_token=98_304,
+    context_tokens=32_768,
+)
+
+shapes = st.builds(
+    ModelShape,
+    name=st.just("model"),
+    experts=st.lists(st.integers(8, 600), min_size=1, max_size=94).map(tuple),
+    top_k=st.integers(1, 8),
+    expert_bytes=st.integers(64, 2**24),
+    dense_bytes=st.integers(0, 8 * GIB),
+    kv_bytes_per_token=st.integers(0, 2**18),
+    context_tokens=st.integers(1, 2**20),
+)
+machines = st.builds(
+    replace,
+    st.sampled_from((CARD, EMULATED, replace(CARD, device_kind="cpu"))),
+    vram_free_bytes=st.integers(-1, 200 * GIB),
+    ram_total_bytes=st.sampled_from((0, 64 * GIB, 2**45)),
+    ram_free_bytes=st.integers(16 * GIB, 2**45),
+)
+wishes = st.fixed_dictionaries(
+    {},
+    optional={
+        "cache_fraction": st.floats(0, 1),
+        "vram_bytes": st.integers(0, 200 * GIB),
+        "context_tokens": st.integers(1, 2**20),
+    },
+)
+
+Planner = Callable[..., MemoryPlan]
+
+
+def outcome(
+    plan_memory: Planner, machine: Any, shape: ModelShape, wish: dict[str, Any]
+) -> MemoryPlan | MemoryPlanError:
+    """Return the plan or the refusal."""
+    try:
+        return plan_memory(machine, shape, **wish)
+    except MemoryPlanError as error:
+        return error
+
+
+def check_plan(plan_memory: Planner, machine: Any, shape: ModelShape, wish: dict[str, Any]) -> None:
+    """Assert every invariant of one plan, with arithmetic of its own."""
+    plan = outcome(plan_memory, machine, shape, wish)
+    if isinstance(plan, MemoryPlanError):
+        assert re.search(r"\d", plan.message)
+        assert plan.next_step
+        return
+    parts = (plan.dense_bytes, plan.kv_bytes, plan.workspace_bytes, plan.reserve_bytes)
+    assert min(*parts, plan.slots) >= 0
+    assert plan.dense_bytes >= shape.dense_bytes
+    assert 1 <= plan.kv_tokens <= shape.context_tokens
+    assert plan.kv_bytes >= plan.kv_tokens * shape.kv_bytes_per_token
+    assert sum(parts) + plan.slots * shape.expert_bytes <= plan.budget_bytes
+    assert plan.slot_bytes == shape.expert_bytes
+    if "context_tokens" in wish:
+        assert plan.kv_tokens == min(wish["context_tokens"], shape.context_tokens)
+    if machine.device_kind == "cpu":
+        assert plan.slots == 0
+        return
+    assert min(shape.top_k, shape.expert_count) <= plan.slots <= shape.expert_count
+    if machine.device_kind == "cuda":
+        assert plan.reserve_bytes >= max(2**30, plan.budget_bytes * 0.05)
+        assert plan.budget_bytes <= machine.vram_free_bytes
+        assert plan.budget_bytes <= wish.get("vram_bytes", machine.vram_free_bytes)
+    if "cache_fraction" not in wish and machine.device_kind == "cuda":
+        spare = plan.budget_bytes - sum(parts) - plan.slots * shape.expert_bytes
+        assert spare < shape.expert_bytes or plan.slots == shape.expert_count
+
+
+@settings(max_examples=300, deadline=None)
+@given(machines, shapes, wishes)
+def test_a_plan_keeps_its_invariants_or_is_refused_by_name(
+    machine: Any, shape: ModelShape, wish: dict[str, Any]
+) -> None:
+    check_plan(planner.plan_memory, machine, shape, wish)
+    twice = [outcome(planner.plan_memory, machine, shape, wish) for _ in range(2)]
+    assert str(twice[0]) == str(twice[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(machines, shapes, wishes, st.integers(0, 64 * GIB))
+@example(replace(CARD, vram_free_bytes=6 * GIB), SHAPE, {}, GIB)
+def test_less_memory_never_gives_more_slots(
+    machine: Any, shape: ModelShape, wish: dict[str, Any], less: int
+) -> None:
+    wish = {key: value for key, value in wish.items() if key != "vram_bytes"}
+    smaller = replace(machine, vram_free_bytes=max(machine.vram_free_bytes - less, 1))
+    larger = replace(machine, vram_free_bytes=max(machine.vram_free_bytes, 1))
+    few, many = (outcome(planner.plan_memory, m, shape, wish) for m in (smaller, larger))
+    if isinstance(few, MemoryPlan):
+        assert isinstance(many, MemoryPlan)
+        assert few.slots <= many.slots
+        assert few.kv_tokens <= many.kv_tokens
+
+
+def rounds_slots_up(machine: Any, shape: ModelShape, **wish: Any) -> MemoryPlan:
+    plan = planner.plan_memory(machine, shape, **wish)
+    spare = plan.budget_bytes - plan.used_bytes
+    one_more = spare > 0 and 0 < plan.slots < shape.expert_count
+    return replace(plan, slots=plan.slots + 1) if one_more else plan
+
+
+def forgets_the_kv(machine: Any, shape: ModelShape, **wish: Any) -> MemoryPlan:
+    plan = planner.plan_memory(machine, replace(shape, kv_bytes_per_token=0), **wish)
+    return replace(plan, kv_bytes=0)
+
+
+def takes_mb_for_mib(machine: Any, shape: ModelShape, **wish: Any) -> MemoryPlan:
+    plan = planner.plan_memory(machine, shape, **wish)
+    return replace(plan, reserve_bytes=plan.reserve_bytes // 2**20 * 10**6)
+
+
+@pytest.mark.parametrize("mutant", [rounds_slots_up, forgets_the_kv, takes_mb_for_mib])
+def test_the_properties_catch_a_planted_mistake(mutant: Planner) -> None:
+    @settings(
+        max_examples=500, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
+    )
+    @given(machines, shapes, wishes)
+    def property_(machine: Any, shape: ModelShape, wish: dict[str, Any]) -> None:
+        check_plan(mutant, machine, shape, wish)
+
+    with pytest.raises(AssertionError):
+        property_()
+
+
+def test_an_emulated_card_without_a_size_holds_a_quarter_of_the_experts() -> None:
+    plan = planner.plan_memory(EMULATED, SHAPE)
+    assert plan.slots == SHAPE.expert_count // 4
+    assert plan.reserve_bytes == 0
+    assert plan.used_bytes == plan.budget_bytes
+
+
+@pytest.mark.parametrize(("fraction", "slots"), [(0.0, 8), (0.1, 614), (0.5, 3072), (1.0, 6144)])
+def test_a_share_of_the_experts_becomes_that_many_slots(fraction: float, slots: int) -> None:
+    assert planner.plan_memory(EMULATED, SHAPE, cache_fraction=fraction).slots == slots
+
+
+def test_the_context_gives_way_before_the_model_is_refused() -> None:
+    card = replace(CARD, vram_free_bytes=5 * GIB)
+    plan = planner.plan_memory(card, SHAPE)
+    assert planner.LEAST_CONTEXT_TOKENS <= plan.kv_tokens < planner.DEFAULT_CONTEXT_TOKENS
+    assert plan.slots >= SHAPE.top_k
+    with pytest.raises(MemoryPlanError, match="8192 tokens"):
+        planner.plan_memory(card, SHAPE, context_tokens=8192)
+
+
+def test_a_refusal_states_every_number() -> None:
+    with pytest.raises(MemoryPlanError) as refused:
+        planner.plan_memory(replace(CARD, vram_free_bytes=2 * GIB), SHAPE)
+    for number in (
+        "2.00 GiB",
+        "3.00 GiB",
+        "2048 tokens",
+        "512.0 MiB",
+        "1.00 GiB",
+        "8 expert slots",
+    ):
+        assert number in refused.value.message
+    assert "GiB more" in refused.value.next_step
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read() -> None:
+    with pytest.raises(MemoryPlanError, match=r"54\.50 GiB.*54\.00 GiB of them.*32\.00 GiB"):
+        planner.plan_memory(replace(CARD, ram_free_bytes=32 * GIB), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"cache_fraction": -0.1},
+        {"cache_fraction": 1.5},
+        {"cache_fraction": float("nan")},
+        {"vram_bytes": -1},
+        {"context_tokens": 0},
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_named(wish: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(next(iter(wish.values()))))):
+        planner.plan_memory(CARD, SHAPE, **wish)
