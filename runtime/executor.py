@@ -72,6 +72,7 @@ class Executor:
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
+        self._host_views: dict[ExpertId, dict[str, torch.Tensor]] = {}
         self._counters = Counters()
         self.residency = Residency(
             CacheTable(slots),
@@ -229,8 +230,7 @@ class Executor:
 
         def compute() -> None:
             for expert in experts:
-                layout = self._layers[expert.layer].format
-                rows.compute(expert.expert, views(self._store.bytes_of(expert), layout))
+                rows.compute(expert.expert, self._host_views_of(expert))
 
         layout_bytes = self._layers[experts[0].layer].format.size_bytes
         work = [(layout_bytes, rows.demands[expert.expert]) for expert in experts]
@@ -245,6 +245,13 @@ class Executor:
         if events:
             self._device.reached(events[-1].at_s)
         return events
+
+    def _host_views_of(self, expert: ExpertId) -> dict[str, torch.Tensor]:
+        known = self._host_views.get(expert)
+        if known is None:
+            known = views(self._store.bytes_of(expert), self._layers[expert.layer].format)
+            self._host_views[expert] = known
+        return known
 
     def _views_of(self, slot: int, layout: ExpertFormat) -> dict[str, torch.Tensor]:
         key = (slot, layout)
