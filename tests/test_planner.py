@@ -45,28 +45,36 @@ SHAPE = ModelShape(
     context_tokens=32_768,
 )
 
+
+def gib(low: int, high: int) -> st.SearchStrategy[int]:
+    """Draw bytes spread over a range of GiB; plain integers would nearly always be tiny."""
+    return st.builds(
+        lambda whole, rest: whole * GIB + rest, st.integers(low, high), st.integers(0, GIB)
+    )
+
+
 shapes = st.builds(
     ModelShape,
     name=st.just("model"),
-    experts=st.lists(st.integers(8, 600), min_size=1, max_size=94).map(tuple),
+    experts=st.sampled_from(((8,), (64, 8, 128), (64,) * 24, (128,) * 48, (512,) * 94)),
     top_k=st.integers(1, 8),
-    expert_bytes=st.integers(64, 2**24),
-    dense_bytes=st.integers(0, 8 * GIB),
-    kv_bytes_per_token=st.integers(0, 2**18),
+    expert_bytes=st.sampled_from((64, 2**16, 9 * 2**20, 9_437_250, 2**25)),
+    dense_bytes=gib(0, 8),
+    kv_bytes_per_token=st.sampled_from((0, 1, 4096, 98_304, 2**18)),
     context_tokens=st.integers(1, 2**20),
 )
 machines = st.builds(
     replace,
     st.sampled_from((CARD, EMULATED, replace(CARD, device_kind="cpu"))),
-    vram_free_bytes=st.integers(-1, 200 * GIB),
+    vram_free_bytes=st.one_of(gib(0, 100), st.integers(-1, GIB)),
     ram_total_bytes=st.sampled_from((0, 64 * GIB, 2**45)),
-    ram_free_bytes=st.integers(16 * GIB, 2**45),
+    ram_free_bytes=gib(16, 2**14),
 )
 wishes = st.fixed_dictionaries(
     {},
     optional={
         "cache_fraction": st.floats(0, 1),
-        "vram_bytes": st.integers(0, 200 * GIB),
+        "vram_bytes": gib(0, 100),
         "context_tokens": st.integers(1, 2**20),
     },
 )
