@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import importlib
@@ -63,7 +64,7 @@ class AppServer:
         self.feed = LiveFeed(engine)
         self._socket = bind_loopback(port)
         self.port: int = self._socket.getsockname()[1]
-        self.app = self._build(ui or importlib.import_module("app.ui"))
+        self.app = asyncio.run(self._build(ui or importlib.import_module("app.ui")))
         self._server = _Server(
             uvicorn.Config(
                 Guard(self.app, port=self.port, token=self.token),
@@ -106,7 +107,8 @@ class AppServer:
             if json.loads(path.read_text()).get("token") == self.token:
                 path.unlink()
 
-    def _build(self, ui: ModuleType | Any) -> FastAPI:
+    async def _build(self, ui: ModuleType | Any) -> FastAPI:
+        """Build the page; inside a loop, or gradio makes several of its own and leaks them."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_route("/healthz", _healthz, methods=["GET"])
         app.add_route("/live", self.feed.respond, methods=["GET"])
