@@ -59,8 +59,6 @@ class Executor(Protocol):
 
     def heat(self) -> bytes: ...
 
-    def close(self) -> None: ...
-
 
 class Device(Protocol):
     """What the engine asks of the device: where tensors go, what time it is, when it is done."""
@@ -74,7 +72,10 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class EngineParts:
-    """A loaded model and everything it runs on. `new_cache` makes an empty KV cache for it."""
+    """A loaded model and everything it runs on.
+
+    `new_cache` makes an empty KV cache for it; `close` gives all of it back.
+    """
 
     model: Callable[..., Any]
     tokenizer: Tokenizer
@@ -86,6 +87,7 @@ class EngineParts:
     executor: Executor
     profile: HardwareProfile
     plan: MemoryPlan
+    close: Callable[[], None]
 
 
 class _StoppedError(Exception):
@@ -232,7 +234,7 @@ class Engine:
     def close(self) -> None:
         """Give the device and its memory back."""
         self._conversations.clear()
-        self._parts.executor.close()
+        self._parts.close()
 
     def _prefill(
         self, conversation: Conversation, ids: Sequence[int], stop: Callable[[], bool]

@@ -144,6 +144,7 @@ def engine(
     publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
 ) -> Engine:
     words = words if words is not None else tokenizer()
+    executor = executor or StandInExecutor()
     config = config if config is not None else model().config
     parts = EngineParts(
         model=network or model(),
@@ -153,8 +154,9 @@ def engine(
         eos_token_ids=frozenset(eos if eos is not None else [words.eos_token_id]),
         new_cache=lambda: KvCache(config),
         device=device or StandInDevice(),
-        executor=executor or StandInExecutor(),
+        executor=executor,
         profile=profile(),
         plan=MemoryPlan(10**6, 1000, kv_tokens, kv_tokens * 10, 0, 0, 24, 100),
+        close=executor.close,
     )
     return Engine(parts, publish, chunk)

@@ -1,0 +1,137 @@
+"""From a load request to an engine that answers: probe, plan, open, load, wire up.
+
+The one place where every room meets. Heavy imports are inside, so that a process can greet its app
+before torch is read from disk.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from runtime.config import DEFAULT_MODEL, model_folder
+from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
+from runtime.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from runtime.core import HardwareProfile, PolicyName
+    from runtime.engine import Engine
+
+DEFAULT_POLICY: PolicyName = "hybrid"
+
+
+def assemble(
+    request: LoadRequest,
+    *,
+    progress: Callable[[LoadProgress], None] = lambda progress: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
+    virtual_clock: bool = False,
+) -> Engine:
+    """Load a model as asked and return its engine; on failure everything is given back.
+
+    `virtual_clock` lets an emulated card run on modelled time alone.
+
+    Raises:
+        ModelError, MemoryPlanError, ConfigError: the request cannot be carried out.
+        CancelledError: `cancelled` returned True.
+    """
+    progress(LoadProgress("Starting the engine"))
+    import torch
+
+    from runtime.adapter import attach, detach
+    from runtime.adapter_cache import KvCache
+    from runtime.device_choice import open_device
+    from runtime.engine import Engine, EngineParts
+    from runtime.executor import Executor
+    from runtime.loader import load_model, read_shape
+    from runtime.planner import plan_memory
+
+    profile = profile_for(request)
+    folder = model_folder(request.model)
+    shape = read_shape(folder)
+    plan = plan_memory(
+        profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
+    )
+    with ExitStack() as undo:
+        device = open_device(profile, plan, virtual_clock=virtual_clock)
+        undo.callback(device.close)
+        loaded = load_model(
+            folder,
+            torch_device=device.torch_device,
+            dtype=None,
+            allocate_host=device.allocate_host,
+            progress=progress,
+            cancelled=cancelled,
+        )
+        undo.callback(loaded.store.close)
+        if loaded.tokenizer is None or not loaded.has_chat_template:
+            raise UnsupportedModelError(
+                f"{shape.name} has no tokenizer with a chat template, so it cannot chat.",
+                "Choose the model's instruct or chat variant.",
+            )
+        # Without a card there are no slots, and only one thing can be done.
+        policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
+        executor = Executor(
+            device,
+            loaded.layers,
+            loaded.store,
+            profile,
+            plan.slots,
+            policy,
+            virtual_clock=virtual_clock,
+        )
+        undo.pop_all()
+
+    def close() -> None:
+        detach(loaded.layers)
+        executor.close()
+        loaded.store.close()
+        gc.collect()  # modules and caches refer to each other; their memory is wanted back now
+
+    config = loaded.model.config
+    engine = Engine(
+        EngineParts(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            shape=loaded.shape,
+            context_tokens=loaded.context_tokens,
+            eos_token_ids=frozenset(loaded.eos_token_ids),
+            new_cache=lambda: KvCache(config),
+            device=device,
+            executor=executor,
+            profile=profile,
+            plan=plan,
+            close=close,
+        ),
+        publish,
+    )
+
+    def run(
+        layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        rows = executor.run(layer, hidden, index, weights)
+        engine.heartbeat()
+        return rows
+
+    attach(loaded.layers, run)
+    return engine
+
+
+def profile_for(request: LoadRequest) -> HardwareProfile:
+    """Probe this machine; without a card, only the default model gets an emulated one.
+
+    A link rate in the request replaces the probed one.
+    """
+    from runtime.core import Reading
+    from runtime.hardware import probe
+
+    emulated = request.emulated if request.model == DEFAULT_MODEL else None
+    profile = probe(emulated)
+    if request.link_bytes_per_s is not None:
+        rate = Reading(request.link_bytes_per_s, "emulated" if profile.emulated else "assumed")
+        profile = replace(profile, link_bytes_per_s=rate, link_unpinned_bytes_per_s=rate)
+    return profile
