@@ -135,8 +135,10 @@ def run_command(command: str, rest: list[str], places: Places, assume_yes: bool)
 
         print(json.dumps(measure(ready, places, environ)))
         return 0
-    # The person's own folder stays the current one, so that a MODEL may be a relative path.
+    # The person's own folder stays the current one, so that a MODEL may be a relative path; but
+    # what lies there must not be imported in place of ours.
     environ["PYTHONPATH"] = str(ROOT)
+    environ["PYTHONSAFEPATH"] = "1"
     return become(ready, ["-m", "runtime", command, *rest], environ)
 
 

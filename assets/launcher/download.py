@@ -172,7 +172,8 @@ class Download:
         with self.part.open("ab" if have else "wb", buffering=0) as file:
             while True:
                 try:
-                    block = response.read(BLOCK_BYTES)
+                    # Whatever has arrived, not a whole block: a silence would lose the rest.
+                    block = response.read1(BLOCK_BYTES)
                 except (OSError, HTTPException) as error:
                     raise _Again(f"the connection broke ({error})") from error
                 if not block:

@@ -127,7 +127,7 @@ class Installer:
         if status:
             raise explained("Making the Python environment", tail)
         bootstrap = dict(self._environ, PYTHONPATH=str(_some_pip()))
-        arguments = ["install", "--quiet", "--ignore-installed", *PINNED_ONLY, *QUICKLY]
+        arguments = ["install", "--ignore-installed", *PINNED_ONLY, *QUICKLY]
         arguments += ["-r", str(self._lock_folder / "pip.txt")]
         status, tail = self._children.run(
             new.python, "pip", arguments, bootstrap, self._report.log_only

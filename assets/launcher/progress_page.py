@@ -31,6 +31,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+STOPS_WITHIN_S = 0.1
 KEY_HEADER = "X-PreScope-Key"
 
 
@@ -47,14 +48,19 @@ class ProgressPage:
         handler = type("Handler", (_Handler,), {"report": report, "key": key, "actions": actions})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        self._stopped = False
         self.url = f"http://127.0.0.1:{self._server.server_port}/?k={key}"
 
     def start(self) -> None:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        arguments = (STOPS_WITHIN_S,)
+        threading.Thread(target=self._server.serve_forever, args=arguments, daemon=True).start()
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        """May be called twice."""
+        if not self._stopped:
+            self._stopped = True
+            self._server.shutdown()
+            self._server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

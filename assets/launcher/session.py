@@ -21,6 +21,10 @@ from assets.launcher.places import Places, quietly, read_json, write_private_jso
 from assets.launcher.progress_page import ProgressPage
 from assets.launcher.report import Report
 
+WATCH_EVERY_S = 0.5
+# By then the tab has turned into the app.
+PAGE_STAYS_S = 30.0
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -72,17 +76,17 @@ class Session:
         self._children = Children()
         self._installer = Installer(places, self._report, self._children)
         self._closing = Closing(self._stop_work)
+        self._page = ProgressPage(self._report)
         self._app: AppProcess | None = None
         self._status = 0
 
     def run(self) -> int:
-        page = ProgressPage(self._report)
-        page.start()
-        write_private_json(self._places.page_file, {"url": page.url})
+        self._page.start()
+        write_private_json(self._places.page_file, {"url": self._page.url})
         if self._wishes.open_browser:
-            self._report.page_is_open = browser.open_page(page.url)
+            self._report.page_is_open = browser.open_page(self._page.url)
             if not self._report.page_is_open:
-                self._report.line(f"Open this address in a browser: {page.url}")
+                self._report.line(f"Open this address in a browser: {self._page.url}")
         worker = threading.Thread(target=self._work)
         worker.start()
         try:
@@ -91,12 +95,15 @@ class Session:
         finally:
             if self._app is not None:
                 self._app.stop()
-            page.stop()
-            for file in (self._places.app_file, self._places.page_file):
-                quietly(file.unlink)
+            self._close_page()
+            quietly(self._places.app_file.unlink)
             self._report.line("PreScope is closed.")
             self._closing.finished.set()
         return self._status
+
+    def _close_page(self) -> None:
+        quietly(self._places.page_file.unlink)
+        self._page.stop()
 
     def _stop_work(self) -> None:
         self._report.stop()
@@ -153,9 +160,12 @@ class Session:
         self._watch_app(self._app)
 
     def _watch_app(self, app: AppProcess) -> None:
+        page_closes_at = time.monotonic() + PAGE_STAYS_S
         while app.poll() is None:
-            if self._closing.asked.wait(0.5):
+            if self._closing.asked.wait(WATCH_EVERY_S):
                 return
+            if time.monotonic() > page_closes_at:
+                self._close_page()
         if app.poll() != 0:
             raise AppFault(
                 f"PreScope stopped by itself (exit status {app.poll()}).",

@@ -81,7 +81,7 @@ def resolve(
     """
     pin = next(line for line in lock.read_text("utf-8").splitlines() if line.startswith("torch=="))
     answer = scratch / "torch-plan.json"
-    arguments = ["install", "--dry-run", "--quiet", "--report", str(answer), "--only-binary=:all:"]
+    arguments = ["install", "--dry-run", "--report", str(answer), "--only-binary=:all:"]
     arguments += ["--constraint", str(lock), pin.split()[0] + build.pin_suffix]
     if build.index:
         arguments += ["--index-url", build.index]
