@@ -31,12 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(data_dir: Path, port: int, engine_spec: str) -> int:
     environment.log_to(data_dir / "logs")
     environment.prepare_environment(data_dir)
-    engine = server.make_engine(data_dir, engine_spec)
-    try:
-        app = server.AppServer(data_dir, port, engine)
-    except BaseException:
-        engine.close()
-        raise
+    app = server.AppServer(data_dir, port, server.engine_maker(engine_spec))
     closed = threading.Event()
     server.leave_on_signals(app)
     server.leave_with_parent(app)

@@ -67,11 +67,19 @@ def _write_no_stub(*args: Any, **kwargs: Any) -> None:
 
 
 def log_to(folder: Path) -> None:
-    """Send every log line and uncaught error to `app.log`, rotated; never what people write."""
+    """Send every log line to `app.log`, private and rotated; never what people write.
+
+    Where standard error is that file already, the launcher keeps it, so it is only written to.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handler = logging.handlers.RotatingFileHandler(
-        folder / "app.log", maxBytes=1 << 20, backupCount=3, encoding="utf-8", delay=True
-    )
+    path = folder / "app.log"
+    handler: logging.Handler
+    if _is_standard_error(path):
+        handler = logging.StreamHandler()
+    else:
+        handler = logging.handlers.RotatingFileHandler(
+            path, maxBytes=1 << 20, backupCount=3, encoding="utf-8", delay=True
+        )
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -81,3 +89,10 @@ def log_to(folder: Path) -> None:
     logging.captureWarnings(True)
     for name in ("httpx", "httpcore", "asyncio", "gradio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _is_standard_error(path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(2), path.stat())
+    except OSError:
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -52,7 +52,7 @@ class LiveFeed:
         for news in self._listeners:
             news.set()
 
-    async def _stream(self) -> AsyncIterator[bytes]:
+    async def _stream(self) -> AsyncGenerator[bytes, None]:
         news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._listeners.add(news)

@@ -48,23 +48,35 @@ class AppServer:
     """One running app. `run` blocks until `leave`; `close` once, after it."""
 
     def __init__(
-        self, data_dir: Path, port: int, engine: EngineClient, ui: ModuleType | Any = None
+        self,
+        data_dir: Path,
+        port: int,
+        make_engine: Callable[[Path], EngineClient],
+        ui: ModuleType | Any = None,
     ) -> None:
-        """Open the chats and build the page; nothing is served yet. Owns `engine` from here on.
+        """Open the chats, start the engine and build the page; nothing is served yet.
 
-        `ui` has `build_ui` and `mount`; `app.ui` unless a test brings its own.
+        The chats come first: they refuse a second app before it has started anything. `ui` has
+        `build_ui` and `mount`; `app.ui` unless a test brings its own.
         """
         self.data_dir = data_dir
         self.token = secrets.token_urlsafe(32)
         self.settings = SettingsStore(data_dir)
         self.history = History(data_dir / "chats")
-        self.engine = engine
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.history.close)
+            self.engine = engine = make_engine(data_dir)
+            undo.callback(engine.close)
+            self._open(port, engine, ui or importlib.import_module("app.ui"))
+            undo.pop_all()
+
+    def _open(self, port: int, engine: EngineClient, ui: ModuleType | Any) -> None:
         self.sessions = ChatSessions(self.history, self.settings, engine)
         self.models = ModelShelf(self.settings)
         self.feed = LiveFeed(engine)
         self._socket = bind_loopback(port)
         self.port: int = self._socket.getsockname()[1]
-        self.app = asyncio.run(self._build(ui or importlib.import_module("app.ui")))
+        self.app = asyncio.run(self._build(ui))
         self._server = _Server(
             uvicorn.Config(
                 Guard(self.app, port=self.port, token=self.token),
@@ -182,8 +194,8 @@ def bind_loopback(port: int) -> socket.socket:
     raise ConfigError("No port on this computer is free.", "Close a program and start again.")
 
 
-def make_engine(data_dir: Path, spec: str = "runtime.client:LocalEngine") -> EngineClient:
-    """Return the engine that `module:Class` names.
+def engine_maker(spec: str = "runtime.client:LocalEngine") -> Callable[[Path], EngineClient]:
+    """Return what makes the engine that `module:Class` names.
 
     Raises:
         ConfigError: there is no such class.
@@ -195,8 +207,12 @@ def make_engine(data_dir: Path, spec: str = "runtime.client:LocalEngine") -> Eng
         raise ConfigError(
             f"There is no engine {spec}: {error}.", "Install PreScope again."
         ) from error
-    engine: EngineClient = build(data_dir=data_dir)
-    return engine
+
+    def make(data_dir: Path) -> EngineClient:
+        engine: EngineClient = build(data_dir=data_dir)
+        return engine
+
+    return make
 
 
 def start_loading(server: AppServer) -> None:

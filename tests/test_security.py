@@ -98,7 +98,7 @@ def quiet_gradio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def ours(quiet_gradio: Path) -> Iterator[Target]:
-    server = AppServer(quiet_gradio, 0, FakeEngine(load_s=0.05))
+    server = AppServer(quiet_gradio, 0, lambda _: FakeEngine(load_s=0.05))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
