@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runtime.config import DEFAULT_MODEL, model_folder
+from runtime.config import DEFAULT_MODEL, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
 from runtime.errors import UnsupportedModelError
 
@@ -70,7 +70,7 @@ def assemble(
         undo.callback(loaded.store.close)
         if loaded.tokenizer is None or not loaded.has_chat_template:
             raise UnsupportedModelError(
-                f"{shape.name} has no tokenizer with a chat template, so it cannot chat.",
+                f"{model_name(folder)} has no tokenizer with a chat template, so it cannot chat.",
                 "Choose the model's instruct or chat variant.",
             )
         # Without a card there are no slots, and only one thing can be done.
@@ -97,7 +97,7 @@ def assemble(
         EngineParts(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
-            shape=loaded.shape,
+            shape=replace(loaded.shape, name=model_name(folder)),
             context_tokens=loaded.context_tokens,
             eos_token_ids=frozenset(loaded.eos_token_ids),
             new_cache=lambda: KvCache(config),

@@ -17,6 +17,7 @@ from runtime.errors import ConfigError, ModelFilesError
 
 DATA_DIR_VARIABLE = "PRESCOPE_DATA_DIR"
 DEFAULT_MODEL = "default"
+DEFAULT_MODEL_NAME = "PreScope Tiny"
 DEFAULT_MODEL_DIR = Path(__file__).resolve().parent.parent / "assets" / "default_model"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -75,6 +76,16 @@ def model_folder(name: str, environ: Mapping[str, str] = os.environ) -> Path:
         f"There is no model called {name!r}.",
         f"Give {DEFAULT_MODEL!r}, a folder, or owner/name of a downloaded model.",
     )
+
+
+def model_name(folder: Path) -> str:
+    """Return what a person calls the model in `folder`."""
+    if folder == DEFAULT_MODEL_DIR:
+        return DEFAULT_MODEL_NAME
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _downloaded(repository: Path) -> Path | None:

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from runtime.wire import Frame, encode_frame, write_all
@@ -60,6 +62,20 @@ def take_standard_streams() -> tuple[int, int]:
         for descriptor in (read_from, write_to):
             msvcrt.setmode(descriptor, os.O_BINARY)
     return read_from, write_to
+
+
+@contextmanager
+def private_output() -> Iterator[Callable[[bytes], None]]:
+    """Yield a way to write to the real standard output; everything else goes to standard error."""
+    sys.stdout.flush()
+    private = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda data: write_all(private, data)
+    finally:
+        sys.stdout.flush()
+        os.dup2(private, 1)
+        os.close(private)
 
 
 def volunteer_for_oom_kill() -> None:

@@ -1,0 +1,11 @@
+"""The benchmark suites by name; each is a module here with `run(options, say)` and `tell(result)`.
+
+A suite compares two sides in one process and reports ratios, so that a slow or busy machine does
+not change what it says.
+"""
+
+from __future__ import annotations
+
+SUITES = {
+    "overhead": "tokens/s of our decoding loop as a ratio to transformers' own generate",
+}

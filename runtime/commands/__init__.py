@@ -1,0 +1,62 @@
+"""The commands by name. Each module has `run(options, say) -> result` and `tell(result) -> text`.
+
+`run` returns the JSON object; `tell` puts the same into words. Modules are imported only when
+their command runs, and import what is heavy inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODEL = {
+    "metavar": "MODEL",
+    "help": "`default`, a folder, or owner/name of a model in the Hugging Face cache",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `arguments` are what `add_argument` takes, by name."""
+
+    help: str
+    module: str
+    arguments: Mapping[str, Mapping[str, Any]]
+
+
+COMMANDS = {
+    "probe": Command("what this computer has and how fast it is", "runtime.commands.probe", {}),
+    "plan": Command(
+        "what of a model would go where", "runtime.commands.plan", {"model": {**MODEL}}
+    ),
+    "chat": Command(
+        "answer one prompt",
+        "runtime.commands.chat",
+        {
+            "model": {**MODEL},
+            "prompt": {"metavar": "PROMPT", "help": "what to say"},
+            "--system": {"metavar": "TEXT", "help": "a system message before the prompt"},
+            "--temperature": {
+                "type": float,
+                "default": 0.0,
+                "metavar": "T",
+                "help": "0 takes the likeliest token each time (default: %(default)s)",
+            },
+            "--top-p": {"type": float, "default": 1.0, "metavar": "P", "help": "(default: 1)"},
+        },
+    ),
+    "bench": Command(
+        "run a benchmark suite",
+        "runtime.commands.bench",
+        {
+            "suite": {
+                "nargs": "?",
+                "metavar": "SUITE",
+                "help": "which suite; without one, they are listed",
+            },
+            "--model": {**MODEL, "default": "default"},
+        },
+    ),
+    "doctor": Command("look for problems and say what to do", "runtime.commands.doctor", {}),
+}
