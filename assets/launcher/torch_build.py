@@ -18,8 +18,10 @@ from assets.launcher.gpu import Gpu
 
 PYTORCH_INDEX = "https://download.pytorch.org/whl/"
 CONSENT_ABOVE_BYTES = 1_000_000_000
-# A server that is there answers in this time; one that is not must not keep a person waiting.
-INDEX_TIMEOUT_S = 8
+# A server that is there answers in this time; one that is not must not keep a person waiting. One
+# retry, because pip tells of a broken connection only when it tries again.
+INDEX_TIMEOUT_S = 6
+INDEX_RETRIES = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def resolve(
     arguments += ["--constraint", str(lock), pin.split()[0] + build.pin_suffix]
     if build.index:
         arguments += ["--index-url", build.index]
-        arguments += ["--retries", "0", "--timeout", str(INDEX_TIMEOUT_S)]
+        arguments += ["--retries", str(INDEX_RETRIES), "--timeout", str(INDEX_TIMEOUT_S)]
     status, tail = children.run(python, "pip", arguments, environ, on_line)
     if status:
         raise explained(f"Looking for torch ({build.name}) in {build.where}", tail)

@@ -66,7 +66,8 @@ class Index:
     """Serves `files` at /files/ and an index of them at /simple/. Settings may change at any time.
 
     `cut_after` closes the next connection after so many bytes, once. `stall_after` keeps the next
-    one open and silent. `block_pause_s` slows everything down. `sent[name]` counts body bytes.
+    one open and silent. `block_pause_s` slows everything but pip itself down. `sent[name]` counts
+    body bytes.
     """
 
     def __init__(self) -> None:
@@ -174,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:
                 return
             self.index.sent[name] = self.index.sent.get(name, 0) + len(block)
-            if self.index.block_pause_s:
+            if self.index.block_pause_s and not name.startswith("pip-"):
                 time.sleep(self.index.block_pause_s)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
