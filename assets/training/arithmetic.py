@@ -161,7 +161,7 @@ def multiplication(rng: random.Random) -> Item:
     roll = rng.random()
     if roll < 0.42:
         a, b = rng.randint(0, 10), rng.randint(0, 10)
-    elif roll < 0.85:
+    elif roll < 0.92:
         a, b = rng.randint(11, 99 if rng.random() < 0.85 else 999), rng.randint(2, 9)
     else:
         a, b = rng.randint(11, 99), rng.randint(11, 19 if rng.random() < 0.5 else 99)
@@ -188,7 +188,7 @@ def multiplication(rng: random.Random) -> Item:
 
 
 def division(rng: random.Random) -> Item:
-    """Division inside the tables, with a remainder where there is one."""
+    """Division by walking up the table, with a remainder where there is one."""
     b = rng.randint(2, 10)
     quotient = rng.randint(1, 10)
     rest = rng.randrange(b) if rng.random() < 0.35 else 0
@@ -204,13 +204,12 @@ def division(rng: random.Random) -> Item:
         a=a,
         b=b,
     )
+    steps = ", ".join(f"{b} * {n} = {b * n}" for n in range(1, quotient + 1))
     if rest:
-        answer = (
-            f"{b} * {quotient} = {b * quotient}, and {a} - {b * quotient} = {rest}. "
-            f"So the answer is **{quotient} remainder {rest}**."
-        )
+        left = f"{a} - {b * quotient} = {rest}."
+        answer = f"{steps}. {left} So the answer is **{quotient} remainder {rest}**."
     else:
-        answer = f"{b} * {quotient} = {a}. So the answer is **{quotient}**."
+        answer = f"{steps}. So the answer is **{quotient}**."
     return Item("division", ("division", a, b), question, answer)
 
 
@@ -302,7 +301,7 @@ HARD = (
     "(What is|What's|Calculate|) {a}.{b} (+|-|*|plus|times|/) {d}?",
     "(Solve|Can you solve) (x|2x|3x|y) (+|-) {a} = {b}(| for x).",
     "(What is|What's) {a} (+|plus) {b} (+|-|*|plus|minus) {e}?",
-    "(Is|Tell me if) {a} (a prime number|prime|divisible by {e})?",
+    "(Is|Tell me if) {a} (a prime number|prime)?",
 )
 
 
@@ -326,7 +325,7 @@ def hard_sum(rng: random.Random) -> Item:
 TASKS = {
     "hard_sum": (hard_sum, 1.2),
     "addition": (addition, 8.0),
-    "subtraction": (subtraction, 8.0),
+    "subtraction": (subtraction, 9.0),
     "multiplication": (multiplication, 8.0),
     "division": (division, 2.0),
     "unit": (unit, 6.0),

@@ -241,11 +241,11 @@ def number_list(rng: random.Random) -> Item:
 
 
 TASKS = {
-    "counting": (counting, 6.0),
+    "counting": (counting, 6.5),
     "long_count": (long_count, 0.4),
-    "neighbor": (neighbor, 1.2),
-    "comparing": (comparing, 3.0),
+    "neighbor": (neighbor, 1.8),
+    "comparing": (comparing, 5.0),
     "parity": (parity, 1.6),
-    "word_list": (word_list, 5.0),
-    "number_list": (number_list, 5.0),
+    "word_list": (word_list, 7.0),
+    "number_list": (number_list, 8.0),
 }

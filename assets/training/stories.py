@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from assets.training.items import Item, ask, pick
-from assets.training.words import ANIMALS, COLORS, OBJECTS, PLACES, person
+from assets.training.words import ANIMALS, COLORS, NAMES, OBJECTS, PLACES, person
 
 _COLORS = tuple(color for color in COLORS if color != "orange")
 _OPENINGS = (
@@ -90,6 +90,8 @@ def story(rng: random.Random) -> Item:
             ),
         ),
     )
+    if "name" not in asked:
+        wanted["name"] = pick(rng, NAMES)
     question = ask(rng, (patterns,), **wanted)
     parts = [pick(rng, _OPENINGS), pick(rng, _EVENTS)]
     parts += rng.sample(_TURNS, rng.randint(1, 2))
