@@ -40,6 +40,7 @@ def assemble(
         CancelledError: `cancelled` returned True.
     """
     progress(LoadProgress("Starting the engine"))
+    import psutil
     import torch
 
     from runtime.adapter import attach, detach
@@ -52,7 +53,11 @@ def assemble(
 
     profile = profile_for(request)
     folder = model_folder(request.model)
-    shape = read_shape(folder)
+    # What the emulated card computes is charged to its ledger: one thread is enough for that, and
+    # float32 is what every CPU computes fast. In place, experts get all real cores.
+    torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
+    dtype = torch.float32 if profile.emulated else None
+    shape = read_shape(folder, dtype)
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
     )
@@ -62,7 +67,7 @@ def assemble(
         loaded = load_model(
             folder,
             torch_device=device.torch_device,
-            dtype=None,
+            dtype=dtype,
             allocate_host=device.allocate_host,
             progress=progress,
             cancelled=cancelled,
