@@ -49,7 +49,7 @@ _NOT_OURS = {
     "jetmoe": "its attention is made of experts too",
     "llama4": "its router scales the input of the experts",
     "longcat_flash": "some of its experts pass their input through",
-    "nllb_moe": "it is an encoder-decoder model",
+    "nllb-moe": "it is an encoder-decoder model",
     "step3p7": "its experts do not use the common interface",
     "switch_transformers": "it is an encoder-decoder model",
 }
@@ -178,6 +178,17 @@ def stripped_experts(model: nn.Module) -> Iterator[None]:
             _restore(classes, set(replacements.values()))
 
 
+def refuse_foreign_family(family: str) -> None:
+    """Refuse a model_type that is known not to use the experts interface.
+
+    Raises:
+        UnsupportedModelError: names the family and the reason.
+    """
+    reason = _NOT_OURS.get(family.removesuffix("_text"))
+    if reason is not None:
+        raise UnsupportedModelError(f"{family} models cannot be run: {reason}.", _OTHER)
+
+
 def check_every_moe_layer_is_ours(model: nn.Module) -> None:
     """Refuse a model with experts that would not go through the experts interface.
 
@@ -188,9 +199,7 @@ def check_every_moe_layer_is_ours(model: nn.Module) -> None:
     """
     config: Any = model.config
     family = str(config.model_type)
-    names = {family, family.removesuffix("_text")}
-    for reason in (reason for name, reason in _NOT_OURS.items() if name in names):
-        raise UnsupportedModelError(f"{family} models cannot be run: {reason}.", _OTHER)
+    refuse_foreign_family(family)
     found = False
     for name, module in model.named_modules():
         if is_experts(module):

@@ -18,7 +18,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from runtime.adapter import IMPLEMENTATION, check_every_moe_layer_is_ours, loading_lock
+from runtime.adapter import (
+    IMPLEMENTATION,
+    check_every_moe_layer_is_ours,
+    loading_lock,
+    refuse_foreign_family,
+)
 from runtime.errors import ModelFilesError, UnsupportedModelError
 from runtime.safetensors_files import read_json
 
@@ -91,6 +96,7 @@ def read_config(folder: Path) -> Any:
         if "auto_map" in raw:
             what += " and wants to run its own code"
         raise UnsupportedModelError(f"This model {what} (model_type in config.json).", _OTHER)
+    refuse_foreign_family(family)
     try:
         config = _build(CONFIG_MAPPING[family], raw, CONFIG_NAME)
     except REFUSALS as error:
@@ -164,12 +170,22 @@ def _build(kind: Any, raw: dict[str, Any], where: str) -> Any:
                 sub = CONFIG_MAPPING[family]
             clean[key] = _build(sub, value, f"{where}: {key}")
         else:
+            value = _floats(value)
             _check_value(f"{where}: {key}", key, value)
             clean[key] = value
     if "dtype" not in clean and isinstance(raw.get("torch_dtype"), str):
         clean["dtype"] = raw["torch_dtype"]
     _check_top_k(where, clean)
     return kind(**clean)
+
+
+def _floats(value: Any) -> Any:
+    """Undo transformers' spelling of infinity, which plain JSON has no word for."""
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return {"Infinity": math.inf, "-Infinity": -math.inf}.get(value["__float__"], math.nan)
+    return value
 
 
 def _known_keys(kind: Any) -> set[str]:

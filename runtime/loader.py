@@ -19,21 +19,19 @@ from transformers.utils import logging as transformers_logging
 from runtime.adapter import (
     IMPLEMENTATION,
     MoeLayer,
-    attach,
     check_every_moe_layer_is_ours,
-    detach,
     find_moe_layers,
     stripped_experts,
 )
 from runtime.adapter_config import REFUSALS, build_skeleton, read_config, stored_dtype
 from runtime.adapter_recipes import Checkpoint, sort_checkpoint
+from runtime.adapter_shape import model_shape
 from runtime.adapter_text import eos_token_ids, open_tokenizer
 from runtime.core import LoadProgress, ModelShape
 from runtime.errors import CancelledError, ModelFilesError, UnsupportedModelError
 from runtime.safetensors_files import READ_BYTES, SafetensorsFiles, TensorEntry
 from runtime.store import ExpertStore, bytes_in
 
-_DEFAULT_CONTEXT_TOKENS = 4096
 _AGAIN = "Download the model again, or choose another one."
 
 
@@ -71,7 +69,7 @@ def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
         skeleton = build_skeleton(config, dtype)
         layers = find_moe_layers(skeleton, dtype)
         sort_checkpoint(skeleton, layers, files.tensors)
-        return _shape(folder.name, skeleton, layers)
+        return model_shape(folder.name, skeleton, layers)
     finally:
         files.close()
 
@@ -106,7 +104,7 @@ def load_model(
         skeleton = build_skeleton(config, dtype)
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = sort_checkpoint(skeleton, layers, files.tensors)
-        shape = _shape(folder.name, skeleton, layers)
+        shape = model_shape(folder.name, skeleton, layers)
         tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
         dense = _DenseWeights(files, checkpoint, shape, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
@@ -262,51 +260,3 @@ def _most_common_dtype(files: SafetensorsFiles) -> torch.dtype:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
     dtype: torch.dtype = getattr(torch, max(sizes, key=lambda name: sizes[name], default="float32"))
     return dtype
-
-
-def _shape(name: str, skeleton: Any, layers: list[MoeLayer]) -> ModelShape:
-    experts = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
-    tensors = {id(t): t for t in (*skeleton.parameters(), *skeleton.buffers())}
-    text = skeleton.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    return ModelShape(
-        name=name,
-        experts=tuple(layer.experts for layer in layers),
-        top_k=max(layer.top_k for layer in layers),
-        expert_bytes=max(layer.format.size_bytes for layer in layers),
-        dense_bytes=sum(t.nbytes for key, t in tensors.items() if key not in experts),
-        kv_bytes_per_token=_kv_bytes_per_token(skeleton, layers),
-        context_tokens=context if isinstance(context, int) else _DEFAULT_CONTEXT_TOKENS,
-    )
-
-
-def _kv_bytes_per_token(skeleton: Any, layers: list[MoeLayer]) -> int:
-    """Return what one more token adds to the cache, found by running shapes through the model."""
-    attach(layers, lambda layer, hidden, index, weights: torch.empty_like(hidden))
-    try:
-        with torch.no_grad():
-            few, many = (_cache_bytes(skeleton, tokens) for tokens in (16, 48))
-        return -(-(many - few) // 32)
-    except REFUSALS:
-        return _kv_bytes_from(skeleton.config.get_text_config(), skeleton.dtype)
-    finally:
-        detach(layers)
-
-
-def _cache_bytes(skeleton: Any, tokens: int) -> int:
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-    cache = skeleton(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    tensors: dict[int, Tensor] = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor):
-                    tensors[id(tensor)] = tensor
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _kv_bytes_from(text: Any, dtype: torch.dtype) -> int:
-    """An upper bound for models whose forward pass does not run on shapes alone."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
