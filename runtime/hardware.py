@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch.nn.functional import linear
 
 from runtime.core import EmulatedMachine, HardwareProfile, Reading
+from runtime.hardware_memory import is_plausible, read_ram
 from runtime.profiles import Memory, cpu_profile, emulated_profile
 
 MIB = 2**20
-MOST_PLAUSIBLE_BYTES = 2**46
 NVML_LIMIT_S = 5.0
 CUDA_LIMIT_S = 30.0
 _BLOCK_BYTES = 64 * MIB
@@ -74,16 +73,6 @@ def agree(from_torch: Card, from_nvml: list[Card]) -> Card | None:
     return replace(from_torch, memory=Memory(total, min(free, total)))
 
 
-def is_plausible(memory: Memory) -> bool:
-    """Say whether both figures are whole bytes with 0 <= free <= total, and total not absurd."""
-    return (
-        type(memory.total_bytes) is int
-        and type(memory.free_bytes) is int
-        and 0 < memory.total_bytes <= MOST_PLAUSIBLE_BYTES
-        and 0 <= memory.free_bytes <= memory.total_bytes
-    )
-
-
 def within(limit_s: float, function: Callable[[], _T]) -> _T | None:
     """Return what `function` returns, or None if it takes longer; a wedged driver may never end."""
     results: list[_T] = []
@@ -120,71 +109,6 @@ def cards_from_nvml(nvml: Any = None) -> list[Card]:
         except (nvml.NVMLError, OSError):
             cards = []
     return cards
-
-
-def read_ram(root: Path = Path("/")) -> Memory:
-    """Return the RAM this process may use: the machine's, or its control group's if that is less.
-
-    `root` is where /proc and /sys are found.
-    """
-    try:
-        machine = psutil.virtual_memory()
-    except (OSError, RuntimeError, psutil.Error):
-        return Memory(0, 0)
-    total, free = int(machine.total), int(machine.available)
-    for limit, used in _control_groups(root):
-        total = min(total, limit)
-        free = min(free, max(limit - used, 0))
-    memory = Memory(total, min(free, total))
-    return memory if is_plausible(memory) else Memory(0, 0)
-
-
-def _control_groups(root: Path) -> list[tuple[int, int]]:
-    """Return (limit, used) in bytes of every memory control group this process is under."""
-    found = []
-    for base, path in _group_folders(root):
-        for folder in (base / path, *(base / path).parents):
-            if not folder.is_relative_to(base):
-                break
-            limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
-            used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
-            if limit is not None and used is not None and 0 < limit < MOST_PLAUSIBLE_BYTES:
-                # Cached file pages count as used, but go when memory is wanted.
-                found.append((limit, max(used - _inactive_file_bytes(folder), 0)))
-    return found
-
-
-def _group_folders(root: Path) -> list[tuple[Path, str]]:
-    base = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = ["0::/"]
-    folders = []
-    for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if controllers == "":
-            folders.append((base, path.lstrip("/")))
-        elif "memory" in controllers.split(","):
-            folders.append((base / "memory", path.lstrip("/")))
-    return folders
-
-
-def _number(*paths: Path) -> int | None:
-    for path in paths:
-        try:
-            return int(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _inactive_file_bytes(folder: Path) -> int:
-    try:
-        pairs = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(pairs.get("total_inactive_file", pairs.get("inactive_file", "0")))
-    except (OSError, ValueError):
-        return 0
 
 
 def _cpu_name() -> str:
