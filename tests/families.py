@@ -98,8 +98,71 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "jamba": _family("jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
 }
 
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+_WIDE_KV = {"num_key_value_heads": 4}
+_SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+
+# The other families whose experts use the common interface and that write text.
+MORE_FAMILIES: dict[str, Callable[[], Any]] = {
+    **{
+        name: _family(name)
+        for name in (
+            "afmoe",
+            "aria_text",
+            "cohere2_moe",
+            "deepseek_v4",
+            "dots1",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "flex_olmo",
+            "granitemoe_swa",
+            "granitemoeshared",
+            "hy_v3",
+            "hy_v4",
+            "inkling2_text",
+            "inkling_text",
+            "kolibri1",
+            "laguna",
+            "mellum",
+            "mimo_v2_flash",
+            "minimax",
+            "minimax_m3_vl_text",
+            "nemotron_h",
+            "phimoe",
+            "solar_open",
+        )
+    },
+    **{
+        name: _family(name, **_WIDE_KV)
+        for name in (
+            "axk1",
+            "axk2",
+            "deepseek_v32",
+            "dots3_note_text",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+        )
+    },
+    "beam": _family("beam", **_SPARSE),
+    "flint": _family("flint", mlp_only_layers=[]),
+    "gemma4_text": _family("gemma4_text", enable_moe_block=True, vocab_size_per_layer_input=VOCAB),
+    "granitemoehybrid": _family(
+        "granitemoehybrid", layer_types=["linear_attention", "full_attention"]
+    ),
+    "hunyuan_v1_moe": _family("hunyuan_v1_moe", head_dim=16),
+    "kimi_linear": _family(
+        "kimi_linear", **_HYBRID, **_WIDE_KV, linear_head_dim=8, linear_num_heads=4
+    ),
+    "lfm2_moe": _family("lfm2_moe", layer_types=["conv", "full_attention"]),
+    "qwen3_5_moe_text": _family("qwen3_5_moe_text", **_HYBRID),
+    "zaya": _family("zaya", num_experts_per_tok=1),
+}
+
 
 def make_checkpoint(name: str, folder: Path, dtype: str = "float32") -> Path:
     """Write a random checkpoint of family `name` into `folder` as the hub would hold it."""
-    write_checkpoint(FAMILIES[name](), folder, dtype)
+    write_checkpoint((FAMILIES | MORE_FAMILIES)[name](), folder, dtype)
     return folder
