@@ -6,7 +6,6 @@ tab, because a browser opens only six sockets per origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -84,7 +83,7 @@ def _wire_chat(blocks: gr.Blocks, parts: Parts, on: ChatEvents) -> None:
         js="(conv, query) => [PreScope.conversation(), query]",
         **_QUICK,
     )
-    p.clist.open_conv(on.opened, p.search, shown, **_QUICK)
+    p.clist.open_conv(on.opened, p.search, shown, trigger_mode="always_last", **_QUICK)
     p.clist.rename_conv(on.renamed, [p.conv, p.search], listed, **_QUICK)
     p.clist.delete_conv(on.deleted, [p.conv, p.search], shown, **_QUICK)
     p.clist.refresh_list(on.listed, p.search, p.clist, **_QUICK)
@@ -117,9 +116,12 @@ def _wire_settings(
 ) -> None:
     blocks.load(on.read, None, [field.component for field in fields.values()], **_QUICK)
     for name, field in fields.items():
-        save: Callable[[Any], Any] = on.saver(name)
-        field.component.input(
-            save, field.component, parts.status, trigger_mode="always_last", **_QUICK
+        # A text box's `input` misses pasting and deleting; `change` also follows our own reading,
+        # which stores nothing.
+        part = field.component
+        edited = part.change if isinstance(part, gr.Textbox) else part.input
+        edited(
+            on.saver(name), part, parts.status, js=field.js, trigger_mode="always_last", **_QUICK
         )
     fields["theme"].component.change(
         None, fields["theme"].component, None, js="(name) => PreScope.setTheme(name)"

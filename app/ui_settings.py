@@ -27,12 +27,15 @@ _POLICY_LABELS = {
 
 @dataclass(frozen=True)
 class Field:
-    """One control. `read` takes its value from the settings, `write` gives the change to store."""
+    """One control. `read` takes its value from the settings, `write` gives the change to store.
+
+    `js` runs on the page first: a slider's box takes any number, and Gradio fails on a wrong one.
+    """
 
     component: Any
     read: Callable[[Settings], Any]
     write: Callable[[Any], dict[str, Any]]
-    note: str = ""
+    js: str | None = None
 
 
 def drawer() -> tuple[dict[str, Field], gr.Button]:
@@ -134,7 +137,8 @@ def _sampling() -> dict[str, Field]:
         slider = gr.Slider(
             low, high, step=step, label=label, info=info or None, elem_id=f"set-{name}"
         )
-        made[name] = _sampled(name, slider)
+        clamp = f"(v) => Math.min({high}, Math.max({low}, Number(v) || 0))"
+        made[name] = _sampled(name, slider, clamp)
     limit = gr.Number(label="Max new tokens", precision=0, minimum=1, elem_id="set-max_new_tokens")
     made["max_new_tokens"] = _sampled("max_new_tokens", limit)
     made["seed"] = Field(
@@ -147,12 +151,13 @@ def _sampling() -> dict[str, Field]:
     return made
 
 
-def _sampled(name: str, component: Any) -> Field:
+def _sampled(name: str, component: Any, js: str | None = None) -> Field:
     whole = isinstance(getattr(SamplingParams(), name), int)
     return Field(
         component,
         lambda s: getattr(s.sampling, name),
         lambda v: {"sampling": {name: int(v) if whole else v}},
+        js,
     )
 
 
@@ -212,15 +217,16 @@ class SettingsEvents:
         """Return the handler that stores one field and answers with a note when it cannot."""
 
         def save(value: Any) -> Any:
-            if value is None:
+            field = self._fields[name]
+            if value is None or value == field.read(self._store.current()):
                 return gr.skip()
             try:
-                settings = self._store.update(**self._fields[name].write(value))
+                settings = self._store.update(**field.write(value))
                 if name == "policy" and settings.policy:
                     self._engine.set_policy(settings.policy)
             except PreScopeError as error:
-                number = next(self._count)
-                return {"text": error.message, "next": error.next_step, "n": f"s{number}"}
-            return None
+                note = {"text": error.message, "next": error.next_step, "field": name}
+                return {**note, "n": f"s{next(self._count)}"}
+            return {"text": "", "field": name, "n": f"s{next(self._count)}"}
 
         return save

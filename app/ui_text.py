@@ -13,42 +13,28 @@ JOINER = "\u2060"
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _IMAGE = re.compile(r"!(?=\[)")
 _DEFINITION = re.compile(r"\](?=:)")
-_OPEN = re.compile(r"(`{3,})([^`]*)$|(~{3,})(.*)$")
-_FENCE_LIKE = re.compile(r"[ \t]*[`~]{3}")
+_OPEN = re.compile(r"(`{3,}|~{3,})[ \t]*([\w.+#-]{0,40})[ \t]*")
+_FENCE_LIKE = re.compile(r"[\s>]*(?:(?:[-*+]|\d+[.)])[\s>]+)*[`~]{3}")
+_DIAGRAM = re.compile(r"([`~]{3,}[ \t]*)mermaid", re.IGNORECASE)
 _FORMULA = re.compile(r"(\$\$.+?\$\$|\$[^$\n]+\$)", re.DOTALL)
-_LANGUAGE = re.compile(r"[\w.+#-]{0,40}")
-_DRAWN = ("mermaid",)
 
 
 def inert(text: str) -> str:
     """Return Markdown that renders the same but cannot open a tag or fetch an image.
 
     A word joiner (invisible, no width) after `<` and `!` is enough for every Markdown parser; in
-    a formula a space does the same. Code fenced at the left edge keeps its text: its fences are
-    written out so that no parser can see them begin or end anywhere else.
+    a formula a space does the same. Fenced code keeps its text, which its colours need, but only
+    where no parser can doubt which lines are code: fences at the left edge, in pairs, none inside
+    a formula. Otherwise code is treated like prose. What would be drawn as a diagram stays code.
     """
-    out: list[str] = []
-    prose: list[str] = []
-    fence = ""
-    for line in text.replace(JOINER, "").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-        if fence:
-            if re.fullmatch(f" {{0,3}}{fence}{fence[0]}*[ \t]*", line):
-                out.append(fence)
-                fence = ""
-            else:
-                out.append(JOINER + line if _FENCE_LIKE.match(line) else line)
-        elif opening := _OPEN.match(line):
-            out.extend(_flush(prose))
-            fence = opening[1] or opening[3]
-            out.append(fence + _language(opening[2] or opening[4] or ""))
-        else:
-            prose.append(line)
-    return "\n".join(out + _flush(prose) + ([fence] if fence else []))
+    plain_text = plain(text).replace("\r\n", "\n").replace("\r", "\n")
+    parts = _fenced(_DIAGRAM.sub(r"\1text", plain_text))
+    return "\n".join(part if code else _dead_prose(part) for code, part in parts)
 
 
 def escaped(text: str) -> str:
     """Return one line of plain text for our own HTML inside a chat message."""
-    return html.escape(_dead(" ".join(text.replace(JOINER, "").split()), JOINER))
+    return html.escape(_dead(" ".join(plain(text).split()), JOINER))
 
 
 def plain(text: str) -> str:
@@ -56,21 +42,42 @@ def plain(text: str) -> str:
     return text.replace(JOINER, "")
 
 
-def _language(info: str) -> str:
-    found = _LANGUAGE.match(info.strip())
-    name = found[0] if found else ""
-    return "text" if name.lower() in _DRAWN else name
+def _fenced(text: str) -> list[tuple[bool, str]]:
+    """Return the text as (is code, lines) in order; all of it as prose when in doubt."""
+    parts: list[tuple[bool, str]] = []
+    lines: list[str] = []
+    fence = ""
+    for line in text.split("\n"):
+        if not _FENCE_LIKE.match(line):
+            lines.append(line)
+        elif fence:
+            if line.rstrip() != fence:
+                return [(False, text)]
+            parts.append((True, "\n".join([*lines, line])))
+            lines, fence = [], ""
+        else:
+            opening = _OPEN.fullmatch(line)
+            before = "\n".join(lines)
+            if opening is None or not _formulas_closed(before):
+                return [(False, text)]
+            if lines:
+                parts.append((False, before))
+            lines, fence = [line], opening[1]
+    parts.append((bool(fence), "\n".join(lines)))
+    return parts
+
+
+def _formulas_closed(prose: str) -> bool:
+    """Tell whether no display formula is open at the end, which would swallow a fence."""
+    return prose.count("$$") % 2 == 0 and prose.count("\\[") == prose.count("\\]")
+
+
+def _dead_prose(text: str) -> str:
+    parts = _FORMULA.split(text)
+    return "".join(_dead(part, " " if i % 2 else JOINER) for i, part in enumerate(parts))
 
 
 def _dead(text: str, joiner: str) -> str:
     for mark in (_TAG, _IMAGE, _DEFINITION):
         text = mark.sub(lambda found: found[0] + joiner, text)
     return text
-
-
-def _flush(prose: list[str]) -> list[str]:
-    if not prose:
-        return []
-    parts = _FORMULA.split("\n".join(prose))
-    prose.clear()
-    return ["".join(_dead(part, " " if i % 2 else JOINER) for i, part in enumerate(parts))]

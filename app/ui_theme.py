@@ -20,10 +20,13 @@ def part(name: str) -> str:
 
 
 def head() -> str:
-    """Return the page's head: every style and script is inlined, nothing is fetched."""
+    """Return the page's head: styles and scripts inline, so that they are there before the parts.
+
+    Gradio may put the head into the page twice; the script minds and runs once.
+    """
     css = "\n".join(part(name) for name in _CSS)
     js = "\n".join(part(name) for name in _JS)
-    return f"<style>\n{css}\n</style>\n<script>\n{js}\n</script>"
+    return f"<style>\n{css}\n</style>\n<script>\nif (!window.PreScope) {{\n{js}\n}}\n</script>"
 
 
 def theme() -> gr.themes.Base:
@@ -62,6 +65,7 @@ def _variables() -> dict[str, str]:
         "input_border_color": "var(--ps-line-strong)",
         "input_border_color_focus": "var(--ps-accent)",
         "input_placeholder_color": "var(--ps-faint)",
+        "input_border_width": "1px",
         "input_shadow": "none",
         "input_shadow_focus": "none",
         "slider_color": "var(--ps-accent)",

@@ -29,8 +29,8 @@ PreScope.pulse = (element, props, trigger, watch) => {
     const was = state;
     state = now;
     const here = PreScope.conversation();
-    if (now.created) PreScope.setConversation(now.conv);
-    else if (now.gone) PreScope.setConversation("");
+    if (now.created) PreScope.setConversation(now.conv, true);
+    else if (now.gone) PreScope.setConversation("", true);
     else if (now.pulled && now.conv !== here) { PreScope.open(here); return; }
     if (now.changed) PreScope.announce(now.conv);
     document.body.classList.toggle("ps-live", now.live);
@@ -63,12 +63,12 @@ PreScope.pulse = (element, props, trigger, watch) => {
     keep.observe(box);
     PreScope.on("conv", () => { pinned = true; });
   };
-  document.addEventListener("DOMContentLoaded", watchScroll);
+  PreScope.ready(watchScroll);
   document.addEventListener("click", (e) => {
     if (e.target.closest?.("#ps-jump")) PreScope.follow();
     const ask = e.target.closest?.("[data-ask]");
     if (ask) PreScope.ask?.(ask.dataset.ask);
-  });
+  }, true);
 
   /* ---- keyboard ---- */
   const stop = () => {
@@ -143,7 +143,7 @@ PreScope.pulse = (element, props, trigger, watch) => {
     for (const b of document.querySelectorAll("#scroll .copy_code_button")) label(b, "Copy code");
   };
   let due = 0;
-  document.addEventListener("DOMContentLoaded", () => {
+  PreScope.ready(() => {
     new MutationObserver(() => { due = due || requestAnimationFrame(() => { due = 0; nameParts(); }); })
       .observe(document.body, { childList: true, subtree: true });
   });

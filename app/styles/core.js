@@ -5,6 +5,10 @@ window.PreScope = (() => {
   const listeners = { live: new Set(), link: new Set(), theme: new Set(), conv: new Set() };
   const latest = {};
 
+  const ready = (fn) => {
+    if (document.body && document.readyState !== "loading") fn();
+    else document.addEventListener("DOMContentLoaded", fn);
+  };
   const on = (topic, fn) => {
     listeners[topic].add(fn);
     if (topic in latest) fn(latest[topic]);
@@ -62,7 +66,7 @@ window.PreScope = (() => {
   };
   prefersDark.addEventListener("change", applyTheme);
   addEventListener("storage", (e) => { if (e.key === "ps-theme") applyTheme(); });
-  document.addEventListener("DOMContentLoaded", () => {
+  ready(() => {
     applyTheme();
     /* Gradio sets the class from the system when it mounts: put the person's choice back. */
     new MutationObserver(() => {
@@ -74,10 +78,12 @@ window.PreScope = (() => {
 
   /* ---- the conversation in the address, so that a reload comes back to it ---- */
   const conversation = () => decodeURIComponent((location.hash.match(/^#c=(.+)$/) || [, ""])[1]);
-  const setConversation = (id) => {
+  const setConversation = (id, replace = false) => {
     const hash = id ? `#c=${encodeURIComponent(id)}` : "";
     if (location.hash !== hash) {
-      history.pushState(null, "", location.pathname + location.search + hash);
+      const address = location.pathname + location.search + hash;
+      if (replace) history.replaceState(null, "", address);
+      else history.pushState(null, "", address);
     }
     emit("conv", id);
   };
@@ -118,18 +124,18 @@ window.PreScope = (() => {
     syncToggles();
     return any.length > 0;
   };
-  document.addEventListener("DOMContentLoaded", () => {
+  ready(() => {
     if (localStorage.getItem("ps-right") === "closed") body().add("ps-right-closed");
     NARROW.addEventListener("change", syncToggles);
     document.addEventListener("click", (e) => {
       const b = e.target.closest?.("[data-toggle]");
       if (b) toggle(b.dataset.toggle);
       else if (e.target.closest?.("#scrim")) closeDrawers();
-    });
+    }, true);                          /* Gradio's HTML parts keep clicks to themselves */
   });
 
   return {
-    on, emit, latest,
+    ready, on, emit, latest,
     fixed, rate, bytes, seconds,
     colour, rgb,
     themeName, setTheme,

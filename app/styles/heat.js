@@ -3,6 +3,7 @@
 PreScope.heat = (canvas, tip) => {
   "use strict";
   const { rgb, colour, on } = PreScope;
+  const MIN_HEIGHT = 104;
   const MAX_HEIGHT = 196;
   const RESIDENT = 0x80;
   let shape = null;
@@ -37,7 +38,7 @@ PreScope.heat = (canvas, tip) => {
     if (!width) return;
     const dpr = devicePixelRatio || 1;
     const cw = width / experts;
-    const ch = Math.min(Math.max(cw, 3), 14, MAX_HEIGHT / layers);
+    const ch = Math.min(Math.max(cw, MIN_HEIGHT / layers, 3), 18, MAX_HEIGHT / layers);
     const height = Math.max(Math.round(ch * layers), 24);
     if (canvas.style.height !== `${height}px`) canvas.style.height = `${height}px`;
     const W = Math.round(width * dpr), H = Math.round(height * dpr);

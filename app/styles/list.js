@@ -48,7 +48,15 @@ PreScope.list = (element, props, trigger, watch) => {
       else go?.removeAttribute("aria-current");
     }
   };
+  /* An answer to an older search may come in last: ask again until list and search agree. */
+  const agree = () => {
+    const search = document.querySelector("#search textarea, #search input");
+    if (search && (props.value?.query ?? "") !== search.value.trim()) trigger("refresh_list", {});
+  };
+  let agreeing = 0;
   const render = () => {
+    clearTimeout(agreeing);
+    agreeing = setTimeout(agree, 250);
     const rows = props.value?.rows || [];
     if (nav.querySelector("input.edit")) return;       /* not under somebody's hands */
     const focus = nav.contains(document.activeElement)
@@ -153,7 +161,11 @@ PreScope.list = (element, props, trigger, watch) => {
     document.body.classList.remove("ps-side");
     trigger("open_conv", { id });
   };
-  PreScope.onChanged = () => trigger("refresh_list", {});
+  /* Another tab changed something: the list, and the open chat if it is the one. */
+  PreScope.onChanged = (id) => {
+    if (id && id === PreScope.conversation()) trigger("open_conv", { id });
+    else trigger("refresh_list", {});
+  };
   addEventListener("popstate", () => {
     PreScope.emit("conv", PreScope.conversation());
     trigger("open_conv", { id: PreScope.conversation() });

@@ -32,6 +32,7 @@
     }
   };
   PreScope.announce = (changed) => tell({ changed });
+  PreScope.leading = () => leader;
 
   const open = () => {
     source = new EventSource("/live");

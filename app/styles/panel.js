@@ -4,7 +4,7 @@ PreScope.panel = (element) => {
   "use strict";
   const { fixed, rate, bytes, seconds, colour, on } = PreScope;
   const STALE_MS = 4000;
-  const WINDOW = 240;                       /* samples kept: one minute at 4 Hz */
+  const WINDOW = 160;                       /* samples kept: forty seconds at 4 Hz */
   const root = element.querySelector(".ps-panel");
   const at = {};
   for (const el of root.querySelectorAll("[data-k]")) at[el.dataset.k] = el;

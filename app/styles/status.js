@@ -96,8 +96,10 @@ PreScope.status = (element, props, trigger, watch) => {
   on("live", (tick) => { status = tick.status; drawLoad(); drawNotes(); drawButton(); });
   on("link", (state) => { link = state; drawNotes(); drawButton(); });
   watch("value", () => {
+    /* A field that was stored clears its own note only. */
     const v = props.value;
-    local = v?.text ? v : null;
+    if (v?.text) local = v;
+    else if (!v?.field || local?.field === v.field) local = null;
     drawNotes();
   });
 };
