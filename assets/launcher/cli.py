@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from assets.launcher.children import Children, clean_environ
 from assets.launcher.environment import Environment
-from assets.launcher.faults import Fault, Stopped
+from assets.launcher.faults import Fault, Stopped, from_os_error
 from assets.launcher.install import Installer
 from assets.launcher.places import ROOT, Places, data_folder
 from assets.launcher.report import Report
@@ -56,13 +56,19 @@ def main(arguments: Sequence[str]) -> int:
             return run_app(places, wishes, began)
         return run_command(command, rest, places, options.yes)
     except Fault as fault:
-        print(f"{fault}\n{fault.next_step}", file=sys.stderr)
-        if "--json" in rest:
-            print(json.dumps(fault.as_json()))
-        return 1
+        return failed(fault, rest)
+    except OSError as error:
+        return failed(from_os_error("Starting PreScope", error), rest)
     except (KeyboardInterrupt, Stopped):
         print("Stopped.", file=sys.stderr)
         return 130
+
+
+def failed(fault: Fault, rest: Sequence[str]) -> int:
+    print(f"{fault}\n{fault.next_step}", file=sys.stderr)
+    if "--json" in rest:
+        print(json.dumps(fault.as_json()))
+    return 1
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:

@@ -25,7 +25,10 @@ class Closing:
         self._on_asked = on_asked
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            if number is not None:
+            if number is None:
+                continue
+            # A terminal may close behind a launcher that was told to outlive it (nohup).
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: self.ask())
         if sys.platform == "win32":
             self._watch_console_window()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -46,7 +47,8 @@ class Wheel:
 
     @property
     def file_name(self) -> str:
-        return urllib.parse.unquote(self.url.split("#")[0].rsplit("/", 1)[-1])
+        """Only ever a name: an index must not choose the folder."""
+        return re.split(r"[/\\]", urllib.parse.unquote(self.url.split("#")[0]))[-1]
 
     @property
     def local(self) -> Path | None:

@@ -83,6 +83,10 @@ class Report:
             self._lines.append(stamped)
         self._to_log(stamped)
 
+    def console(self, text: str) -> None:
+        """For the person at the console, and nowhere kept."""
+        self._to_console(text)
+
     def ready(self, url: str) -> None:
         with self._changed:
             self._url, self._at, self._title, self._detail = url, 1.0, "Ready", ""

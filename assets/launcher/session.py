@@ -14,7 +14,7 @@ from assets.launcher.app_process import AppProcess
 from assets.launcher.children import Children, clean_environ
 from assets.launcher.closing import Closing
 from assets.launcher.environment import Environment
-from assets.launcher.faults import AppFault, Fault, Stopped
+from assets.launcher.faults import AppFault, Fault, Stopped, from_os_error
 from assets.launcher.install import Installer
 from assets.launcher.instance import FileLock, clear_stale, other_instance
 from assets.launcher.places import Places, quietly, read_json, write_private_json
@@ -22,8 +22,9 @@ from assets.launcher.progress_page import ProgressPage
 from assets.launcher.report import Report
 
 WATCH_EVERY_S = 0.5
-# By then the tab has turned into the app.
-PAGE_STAYS_S = 30.0
+# By then the tab has turned into the app: browsers let hidden tabs ask only once a minute.
+PAGE_STAYS_S = 150.0
+WORKER_LEAVES_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Session:
         self._closing = Closing(self._stop_work)
         self._page = ProgressPage(self._report)
         self._app: AppProcess | None = None
-        self._status = 0
+        self._status = 1
 
     def run(self) -> int:
         self._page.start()
@@ -86,12 +87,13 @@ class Session:
         if self._wishes.open_browser:
             self._report.page_is_open = browser.open_page(self._page.url)
             if not self._report.page_is_open:
-                self._report.line(f"Open this address in a browser: {self._page.url}")
-        worker = threading.Thread(target=self._work)
+                self._report.console(f"Open this address in a browser: {self._page.url}")
+        worker = threading.Thread(target=self._work, daemon=True)
         worker.start()
         try:
             self._closing.wait()
-            worker.join()
+            # It may be waiting for a silent server; what it has fetched is safe on disk.
+            worker.join(WORKER_LEAVES_WITHIN_S)
         finally:
             if self._app is not None:
                 self._app.stop()
@@ -115,6 +117,7 @@ class Session:
             while not self._attempt():
                 self._report.wait_for_retry()
         except Stopped:
+            self._status = 0
             self._report.log_only("Stopped by the person.")
         finally:
             self._closing.ask()
@@ -131,9 +134,12 @@ class Session:
                 used.release()
         except Fault as fault:
             self._report.fail(fault)
-            self._status = 1
-            return not self._report.page_is_open
-        return True
+        except OSError as error:
+            self._report.fail(from_os_error("Starting PreScope", error))
+        else:
+            self._status = 0
+            return True
+        return not self._report.page_is_open
 
     def _run_in(self, ready: Environment) -> None:
         self._report.step("Starting PreScope", 0.97, 1.0)
@@ -146,15 +152,15 @@ class Session:
             self._app.stop()
             raise
         now = time.monotonic()
-        self._status = 0
         self._report.line(
             f"[timing] usable after {now - self._began:.2f} s, of which the app took "
             f"{now - starting:.2f} s"
         )
         if self._wishes.port not in (None, running.port):
             self._report.line(f"Port {self._wishes.port} is taken; using {running.port}.")
-        self._report.line(f"PreScope is at {running.url}")
-        self._report.line("Close this window or press Ctrl-C to end it.")
+        # To the console only: the address carries the token, and logs get shown around.
+        self._report.console(f"PreScope is at {running.url}")
+        self._report.console("Close this window or press Ctrl-C to end it.")
         self._report.ready(running.url)
         self._reconsider_build()
         self._watch_app(self._app)

@@ -128,3 +128,8 @@ def test_a_finished_file_is_not_asked_for_again(index: Index, tmp_path: Path) ->
     asked = len(index.ranges)
     download(index, tmp_path).fetch()
     assert len(index.ranges) == asked
+
+
+@pytest.mark.parametrize("path", ["..%2F..%2Fevil.whl", "..%5Cevil.whl", "a/../evil.whl#sha256=0"])
+def test_an_index_cannot_choose_the_folder(path: str) -> None:
+    assert Wheel("big", "1.0", f"https://host/{path}", "").file_name == "evil.whl"

@@ -36,6 +36,7 @@ def test_a_start_ends_at_the_app_and_ctrl_c_ends_both(tree: Tree) -> None:
     launcher.send_signal(signal.SIGINT)
     output = finish(launcher)
     assert f"PreScope is at http://127.0.0.1:{app['port']}/?t=t0ken" in output
+    assert "t0ken" not in tree.places.launcher_log.read_text()
     assert launcher.returncode == 0
     assert not is_alive(app["pid"])
     assert not is_alive(app["engine"])
@@ -113,7 +114,7 @@ def test_a_taken_port_is_passed_over_and_the_true_one_told(tree: Tree) -> None:
         launcher = tree.start("--port", str(wished))
         app = tree.wait_for_app()
         assert app["port"] != wished
-        wait_until(lambda: "PreScope is at" in tree.places.launcher_log.read_text(), "the address")
+        wait_until(lambda: "[timing]" in tree.places.launcher_log.read_text(), "the timing line")
         launcher.send_signal(signal.SIGTERM)
         output = finish(launcher)
     assert f"Port {wished} is taken; using {app['port']}." in output
@@ -137,7 +138,7 @@ def test_an_app_that_cannot_start_is_told_with_its_own_words(tree: Tree) -> None
 def test_an_app_that_dies_later_is_told_too(tree: Tree) -> None:
     launcher = tree.start()
     app = tree.wait_for_app()
-    wait_until(lambda: "PreScope is at" in tree.places.launcher_log.read_text(), "the address")
+    wait_until(lambda: "[timing]" in tree.places.launcher_log.read_text(), "the timing line")
     os.kill(app["pid"], signal.SIGKILL)
     assert "stopped by itself (exit status -9)" in finish(launcher)
     assert launcher.returncode == 1
