@@ -62,7 +62,7 @@ def model_folder(name: str, environ: Mapping[str, str] = os.environ) -> Path:
             )
         return DEFAULT_MODEL_DIR
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
     if _HUB_NAME.fullmatch(name):
         found = _downloaded(hub_cache(environ) / ("models--" + name.replace("/", "--")))

@@ -107,7 +107,7 @@ class Engine:
         publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> None:
-        self._parts = parts
+        self.parts = parts
         self._prompts = PromptEncoder(parts.tokenizer)
         self.context_tokens = min(parts.context_tokens, parts.plan.kv_tokens)
         self._conversations = Conversations(parts.new_cache, parts.plan.kv_tokens)
@@ -119,20 +119,28 @@ class Engine:
 
     @property
     def name(self) -> str:
-        return self._parts.shape.name
+        return self.parts.shape.name
 
     @property
     def profile(self) -> HardwareProfile:
-        return self._parts.profile
+        return self.parts.profile
 
     @property
     def kept_tokens(self) -> int:
         """How many tokens of past conversations are held for reuse."""
         return self._conversations.tokens
 
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids that `generate` would start from."""
+        return list(self._prompts.encode(messages).ids)
+
+    def forget(self) -> None:
+        """Drop the keys and values of every conversation."""
+        self._conversations.clear()
+
     def set_policy(self, policy: str) -> None:
         """Change the placement policy from the next token on."""
-        self._parts.executor.set_policy(policy)
+        self.parts.executor.set_policy(policy)
         self._panel.refresh()
 
     def heartbeat(self) -> None:
@@ -159,8 +167,8 @@ class Engine:
             ModelError: the model produced invalid numbers.
         """
         check_params(params)
-        device = self._parts.device
-        timing = Timing(device.now_s(), self._parts.executor.counters())
+        device = self.parts.device
+        timing = Timing(device.now_s(), self.parts.executor.counters())
         prompt = self._prompts.encode(messages)
         timing.prompt_tokens = len(prompt.ids)
         if timing.prompt_tokens >= self.context_tokens:
@@ -173,7 +181,7 @@ class Engine:
         conversation = self._conversations.take(conversation_id, prompt.ids)
         self._conversations.make_room(timing.prompt_tokens + room)
         sampler = Sampler(params, list(prompt.ids))
-        text = TextStream(self._parts.tokenizer, prompt.opens_reasoning)
+        text = TextStream(self.parts.tokenizer, prompt.opens_reasoning)
         self._running = conversation
         self._panel.begin(timing)
         try:
@@ -185,10 +193,10 @@ class Engine:
                 token = sampler.next_token(logits)
                 timing.token(device.now_s())
                 if timing.new_tokens == 1:
-                    timing.decode_counters = self._parts.executor.counters()
+                    timing.decode_counters = self.parts.executor.counters()
                 pending.append(token)
                 yield from _deltas(text.push(token), pending)
-                if token in self._parts.eos_token_ids:
+                if token in self.parts.eos_token_ids:
                     reason = "stop"
                     break
                 if timing.new_tokens == room:
@@ -208,7 +216,7 @@ class Engine:
 
     def gauges(self) -> Gauges:
         """Read everything that snapshots and statistics are made of."""
-        parts, plan = self._parts, self._parts.plan
+        parts, plan = self.parts, self.parts.plan
         running = len(self._running.ids) if self._running is not None else 0
         kv_bytes = (self.kept_tokens + running) * parts.shape.kv_bytes_per_token
         on_card = plan.dense_bytes + plan.workspace_bytes + plan.slots_bytes + kv_bytes
@@ -233,8 +241,8 @@ class Engine:
 
     def close(self) -> None:
         """Give the device and its memory back."""
-        self._conversations.clear()
-        self._parts.close()
+        self.forget()
+        self.parts.close()
 
     def _prefill(
         self, conversation: Conversation, ids: Sequence[int], stop: Callable[[], bool]
@@ -256,7 +264,7 @@ class Engine:
 
     def _forward(self, conversation: Conversation, ids: Sequence[int]) -> torch.Tensor:
         """Run the model over `ids` and return the logits of the last one."""
-        parts = self._parts
+        parts = self.parts
         conversation.intact = False
         parts.executor.begin_pass(len(ids))
         with torch.inference_mode(), parts.executor.computing():

@@ -17,6 +17,7 @@ from runtime.wire import Frame, encode_frame, read_frames, write_all
 ROOT = Path(__file__).resolve().parent.parent
 LOG_NAME = "engine.log"
 MAX_LOG_BYTES = 5 * 2**20
+END_DEADLINE_S = 10.0
 
 _SIGNALS = {
     "SIGKILL": "it was stopped by the system, most likely because memory ran out",
@@ -38,8 +39,10 @@ _CODES = {
 class EngineProcess:
     """A started host. Any thread may `send` and `kill`; one thread reads `frames` to the end."""
 
-    def __init__(self, host_arguments: Sequence[str], log_dir: Path | None) -> None:
-        """Start the process.
+    def __init__(
+        self, host_arguments: Sequence[str], log_dir: Path | None, hello_deadline_s: float
+    ) -> None:
+        """Start the process; it is ended if `greeted` is not called within the deadline.
 
         Raises:
             OSError: it cannot be started.
@@ -58,6 +61,11 @@ class EngineProcess:
             )
         self._writing = threading.Lock()
         self._killed_because = ""
+        self._hello = threading.Timer(
+            hello_deadline_s, self.kill, [f"it said nothing for {hello_deadline_s:.0f} s"]
+        )
+        self._hello.daemon = True
+        self._hello.start()
 
     @property
     def pid(self) -> int:
@@ -86,6 +94,10 @@ class EngineProcess:
         assert self._process.stdout is not None
         yield from read_frames(self._process.stdout.fileno())
 
+    def greeted(self) -> None:
+        """Note that the process has said hello."""
+        self._hello.cancel()
+
     def kill(self, because: str) -> None:
         """End the process now; `because` explains it to a person."""
         self._killed_because = self._killed_because or because
@@ -93,7 +105,12 @@ class EngineProcess:
 
     def reap(self) -> str:
         """Wait for the end, close the pipes and return why it ended, as part of a sentence."""
-        code = self._process.wait()
+        self._hello.cancel()
+        try:
+            code = self._process.wait(END_DEADLINE_S)
+        except subprocess.TimeoutExpired:  # its pipe is closed, but something in it hangs
+            self.kill("it hung on its way out")
+            code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()

@@ -28,8 +28,15 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.errors import BusyError, CancelledError, PreScopeError, ProtocolError, RequestError
-from runtime.inbox import Inbox, Job
+from runtime.errors import (
+    BusyError,
+    CancelledError,
+    MemoryPlanError,
+    PreScopeError,
+    ProtocolError,
+    RequestError,
+)
+from runtime.inbox import Inbox, Job, take_frame
 from runtime.private_streams import (
     EXIT_APP_GONE,
     EXIT_DEVICE_LOST,
@@ -39,7 +46,7 @@ from runtime.private_streams import (
     take_standard_streams,
     volunteer_for_oom_kill,
 )
-from runtime.wire import PROTOCOL_VERSION, Frame, chunk_to_json, read_frames, record_from_json
+from runtime.wire import PROTOCOL_VERSION, chunk_to_json, read_frames
 
 PROGRESS_EVERY_S = 0.2
 
@@ -113,30 +120,36 @@ class Host:
         cancelled = self._inbox.watch_loads()
         self._show(state="loading", loading=request.model, progress=LoadProgress("Starting"))
         self._progress_due_s = 0.0
-        previous, unloaded = self._loaded, False
+        previous = self._loaded
         try:
-            if self._engine is not None and self._engine.profile.device_kind == "cuda":
-                # Two models do not fit on one card, and a plan made beside the old one is too
-                # small for the new one.
-                self._unload()
-                unloaded = True
-            engine = self._build(request, cancelled)
+            engine = self._build_in_turn(request, cancelled)
         except CancelledError:
-            self._keep_previous(previous, unloaded, "", "")
+            self._keep_previous(previous, "", "")
         except PreScopeError as failure:
             log.warning("load failed: %s", failure.message)
-            self._keep_previous(previous, unloaded, failure.message, failure.next_step)
+            self._keep_previous(previous, failure.message, failure.next_step)
         except Exception as failure:
             # The edge of the process: whatever a hostile model makes a library raise, the
             # previous model must keep answering.
             log.exception("load failed")
             reason = f"{request.model} could not be loaded: {type(failure).__name__}: {failure}"
-            self._keep_previous(previous, unloaded, reason[:500], "See the engine's log.")
+            self._keep_previous(previous, reason[:500], "See the engine's log.")
         else:
             self._unload()
             self._engine, self._loaded = engine, request
             self._status = EngineStatus("ready", engine.name)
             self._show()
+
+    def _build_in_turn(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
+        """Build beside the old engine if both fit, else in its place."""
+        # On a card a plan made beside the old model is too small for the new one.
+        if self._engine is not None and self._engine.profile.device_kind != "cuda":
+            try:
+                return self._build(request, cancelled)
+            except (MemoryPlanError, MemoryError) as failure:
+                log.info("no room beside the old model: %s", failure)
+        self._unload()
+        return self._build(request, cancelled)
 
     def _build(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
         def progress(progress: LoadProgress) -> None:
@@ -149,10 +162,8 @@ class Host:
 
         return self._assemble()(request, progress=progress, cancelled=cancelled, publish=publish)
 
-    def _keep_previous(
-        self, previous: LoadRequest | None, unloaded: bool, notice: str, next_step: str
-    ) -> None:
-        if unloaded and previous is not None:
+    def _keep_previous(self, previous: LoadRequest | None, notice: str, next_step: str) -> None:
+        if self._engine is None and previous is not None:
             try:
                 self._engine = self._build(previous, lambda: False)
                 self._loaded = previous
@@ -222,53 +233,16 @@ def serve_frames(descriptor: int, inbox: Inbox, pipe: Pipe) -> None:
     """Take the app's frames until it is gone, then end the process. Runs on its own thread."""
     try:
         for frame in read_frames(descriptor):
-            _take_frame(frame, inbox, pipe)
+            try:
+                take_frame(frame, inbox)
+            except BusyError as busy:
+                pipe.send({"op": "failed", "id": frame["id"], "error": busy.to_json()})
     except OSError:
         leave(EXIT_APP_GONE)
     except ProtocolError as failure:
         log.error("protocol: %s", failure.message)
         leave(EXIT_PROTOCOL)
     leave(EXIT_APP_GONE)
-
-
-def _take_frame(frame: Frame, inbox: Inbox, pipe: Pipe) -> None:
-    op = frame["op"]
-    if op == "generate":
-        job = _job(frame)
-        try:
-            inbox.add(job)
-        except BusyError as busy:
-            pipe.send({"op": "failed", "id": job.request_id, "error": busy.to_json()})
-    elif op == "stop":
-        inbox.stop(_number(frame.get("id")))
-    elif op == "load":
-        inbox.load(
-            _number(frame.get("number")), record_from_json(LoadRequest, frame.get("request"))
-        )
-    elif op == "cancel_load":
-        inbox.load(_number(frame.get("number")), None)
-    elif op == "policy":
-        inbox.set_policy(str(frame.get("policy")))
-    else:
-        raise ProtocolError(f"There is no operation {op!r}.")
-
-
-def _job(frame: Frame) -> Job:
-    messages = frame.get("messages")
-    if not isinstance(messages, list):
-        raise ProtocolError("A generation needs its messages.")
-    return Job(
-        _number(frame.get("id")),
-        str(frame.get("conversation_id")),
-        tuple(record_from_json(Message, message) for message in messages),
-        record_from_json(SamplingParams, frame.get("params")),
-    )
-
-
-def _number(value: object) -> int:
-    if not isinstance(value, int):
-        raise ProtocolError("A request id must be a number.")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

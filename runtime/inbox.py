@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.core import LoadRequest, Message, SamplingParams
-from runtime.errors import BusyError
+from runtime.errors import BusyError, ProtocolError
+from runtime.wire import Frame, record_from_json
 
 MAX_WAITING = 8
 
@@ -104,3 +105,45 @@ class Inbox:
         """Return a question: has a load been asked for or cancelled since now?"""
         newest = self._newest_load
         return lambda: self._newest_load != newest
+
+
+def take_frame(frame: Frame, inbox: Inbox) -> None:
+    """Put what a frame of the app asks for into the inbox.
+
+    Raises:
+        BusyError: it is a generation and too many wait already.
+        ProtocolError: the frame makes no sense.
+    """
+    op = frame["op"]
+    if op == "generate":
+        inbox.add(_job(frame))
+    elif op == "stop":
+        inbox.stop(_number(frame.get("id")))
+    elif op == "load":
+        inbox.load(
+            _number(frame.get("number")), record_from_json(LoadRequest, frame.get("request"))
+        )
+    elif op == "cancel_load":
+        inbox.load(_number(frame.get("number")), None)
+    elif op == "policy":
+        inbox.set_policy(str(frame.get("policy")))
+    else:
+        raise ProtocolError(f"There is no operation {op!r}.")
+
+
+def _job(frame: Frame) -> Job:
+    messages = frame.get("messages")
+    if not isinstance(messages, list):
+        raise ProtocolError("A generation needs its messages.")
+    return Job(
+        _number(frame.get("id")),
+        str(frame.get("conversation_id")),
+        tuple(record_from_json(Message, message) for message in messages),
+        record_from_json(SamplingParams, frame.get("params")),
+    )
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise ProtocolError("A request id must be a number.")
+    return value

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from runtime.core import (
     POLICIES,
     Accepted,
+    EngineState,
     EngineStatus,
     Finished,
     GenerationChunk,
@@ -28,18 +27,12 @@ from runtime.core import (
 )
 from runtime.engine_process import EngineProcess, died
 from runtime.errors import PreScopeError, ProtocolError, RequestError, error_from_json
+from runtime.requests import Box, Front, Requests, RestartLimit, generate_frame
 from runtime.wire import PROTOCOL_VERSION, Frame, chunk_from_json, record_from_json
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 600.0
 RESTART_DELAYS_S = (0.0, 1.0, 4.0)
-
-
-class _Front:
-    """Put into a request's queue when its turn has come."""
-
-
-_Item = GenerationChunk | PreScopeError | _Front
 
 
 class LocalEngine:
@@ -71,14 +64,13 @@ class LocalEngine:
         self._changed = threading.Condition()
         self._closed = False
         self._process: EngineProcess | None = None
-        self._requests: dict[int, queue.SimpleQueue[_Item]] = {}
-        self._last_request = 0
+        self._requests = Requests()
+        self._limit = RestartLimit(MAX_RESTARTS, RESTART_WINDOW_S, RESTART_DELAYS_S)
         self._last_load = 0
         self._asked: LoadRequest | None = None  # the newest load, until it is ready or refused
         self._answering: LoadRequest | None = None  # the model that answers, for a restart
         self._greeted = False
         self._revive = False
-        self._starts: deque[float] = deque()
         self._restarts = 0
         self._notice = ""  # why the engine was restarted, until the next load
         self._status = EngineStatus("starting")
@@ -142,11 +134,10 @@ class LocalEngine:
         messages: Sequence[Message],
         params: SamplingParams,
     ) -> Iterator[GenerationChunk]:
-        box: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        request_id, process = self._enrol(box)
+        process, request_id, box = self._enrol()
         finished = False
         try:
-            self._ask(process, request_id, conversation_id, messages, params)
+            process.send(generate_frame(request_id, conversation_id, messages, params))
             deadline_s: float | None = None
             while not finished:
                 try:
@@ -158,7 +149,7 @@ class LocalEngine:
                         f"finish within {self._accept_deadline_s:.0f} s"
                     )
                     continue
-                if isinstance(item, _Front):
+                if isinstance(item, Front):
                     deadline_s = self._accept_deadline_s
                     continue
                 if isinstance(item, PreScopeError):
@@ -168,9 +159,10 @@ class LocalEngine:
                     deadline_s = None
                 finished = isinstance(item, Finished)
                 yield item
+        except ProtocolError as failure:
+            raise RequestError(failure.message, failure.next_step) from failure
         finally:
-            with self._changed:
-                self._requests.pop(request_id, None)
+            self._requests.close(request_id)
             if not finished:
                 process.send({"op": "stop", "id": request_id})
 
@@ -184,40 +176,16 @@ class LocalEngine:
 
     # Requests.
 
-    def _enrol(self, box: queue.SimpleQueue[_Item]) -> tuple[int, EngineProcess]:
+    def _enrol(self) -> tuple[EngineProcess, int, Box]:
+        """Open a request on the running process; under the lock, so that its end reaches it."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._process is not None or self._gone(), self._hello_deadline_s
+                lambda: self._process is not None or self._status.state == "dead",
+                self._hello_deadline_s,
             )
             if self._process is None:
-                raise died(self._status.notice or "it is not running", self._log_dir)
-            self._last_request += 1
-            self._requests[self._last_request] = box
-            return self._last_request, self._process
-
-    def _gone(self) -> bool:
-        return self._closed or self._status.state == "dead"
-
-    def _ask(
-        self,
-        process: EngineProcess,
-        request_id: int,
-        conversation_id: str,
-        messages: Sequence[Message],
-        params: SamplingParams,
-    ) -> None:
-        try:
-            process.send(
-                {
-                    "op": "generate",
-                    "id": request_id,
-                    "conversation_id": conversation_id,
-                    "messages": [asdict(message) for message in messages],
-                    "params": asdict(params),
-                }
-            )
-        except ProtocolError as failure:
-            raise RequestError(failure.message, failure.next_step) from failure
+                raise died(self._notice or "it is not running", self._log_dir)
+            return self._process, *self._requests.open()
 
     # The owner thread.
 
@@ -225,34 +193,23 @@ class LocalEngine:
         """Start the process, follow it to its end, and start it again."""
         while self._may_start():
             try:
-                process = EngineProcess(self._host_arguments, self._log_dir)
+                process = EngineProcess(self._host_arguments, self._log_dir, self._hello_deadline_s)
             except OSError as failure:
                 self._ended(f"it could not be started: {failure}")
                 continue
-            hello = threading.Timer(
-                self._hello_deadline_s,
-                process.kill,
-                [f"it said nothing for {self._hello_deadline_s:.0f} s"],
-            )
-            hello.daemon = True
-            hello.start()
             self._began(process)
             try:
                 for frame in process.frames():
-                    self._take(frame, hello)
+                    self._take(process, frame)
             except ProtocolError as failure:
                 process.kill(f"it sent something unreadable ({failure.message})")
-            finally:
-                hello.cancel()
             self._ended(process.reap())
 
     def _may_start(self) -> bool:
         """Wait until the process may be started; False once the client is closed."""
         with self._changed:
-            now_s = time.monotonic()
-            while self._starts and now_s - self._starts[0] > RESTART_WINDOW_S:
-                self._starts.popleft()
-            if len(self._starts) > MAX_RESTARTS:
+            delay_s = self._limit.delay_s()
+            if delay_s is None:
                 self._status = replace(
                     self._status,
                     state="dead",
@@ -261,14 +218,12 @@ class LocalEngine:
                 self._revive = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or self._revive)
-                self._starts.clear()
-            elif self._starts:
-                self._changed.wait_for(
-                    lambda: self._closed, RESTART_DELAYS_S[len(self._starts) - 1]
-                )
+                self._limit.forget()
+            elif delay_s > 0:
+                self._changed.wait_for(lambda: self._closed, delay_s)
             if self._closed:
                 return False
-            self._starts.append(time.monotonic())
+            self._limit.started()
             return True
 
     def _began(self, process: EngineProcess) -> None:
@@ -287,23 +242,24 @@ class LocalEngine:
         self._last_load += 1
         return {"op": "load", "number": self._last_load, "request": asdict(request)}
 
-    def _take(self, frame: Frame, hello: threading.Timer) -> None:
+    def _take(self, process: EngineProcess, frame: Frame) -> None:
         op = frame["op"]
         if op == "chunk":
-            self._deliver(frame, chunk_from_json(frame.get("chunk")))
+            self._requests.deliver(frame.get("id"), chunk_from_json(frame.get("chunk")))
         elif op == "snapshot":
             self._snapshot = record_from_json(TelemetrySnapshot, frame.get("value"))
         elif op == "status":
             self._take_status(frame)
         elif op == "front":
-            self._deliver(frame, _Front())
+            self._requests.deliver(frame.get("id"), Front())
         elif op == "failed":
             error = frame.get("error")
-            self._deliver(frame, error_from_json(error if isinstance(error, dict) else {}))
+            failure = error_from_json(error if isinstance(error, dict) else {})
+            self._requests.deliver(frame.get("id"), failure)
         elif op == "hello":
             if frame.get("protocol") != PROTOCOL_VERSION:
                 raise ProtocolError(f"protocol {frame.get('protocol')}, not {PROTOCOL_VERSION}")
-            hello.cancel()
+            process.greeted()
             with self._changed:
                 self._greeted = True
                 if self._asked is None and self._answering is None:
@@ -326,15 +282,9 @@ class LocalEngine:
                 status, notice=status.notice or self._notice, restarts=self._restarts
             )
 
-    def _deliver(self, frame: Frame, item: _Item) -> None:
-        box = self._requests.get(frame.get("id", 0))
-        if box is not None:  # None: nobody waits for it any more
-            box.put(item)
-
     def _ended(self, reason: str) -> None:
         with self._changed:
             self._process = None
-            boxes, self._requests = list(self._requests.values()), {}
             self._restarts += 1
             what = "The engine stopped"
             if self._asked is not None and self._greeted:
@@ -342,9 +292,9 @@ class LocalEngine:
                 what += f" while loading {self._asked.model}"
                 self._asked = None
             self._notice = f"{what}: {reason}."
-            self._status = EngineStatus("restarting", notice=self._notice, restarts=self._restarts)
+            state: EngineState = "dead" if self._closed else "restarting"
+            self._status = EngineStatus(state, notice=self._notice, restarts=self._restarts)
             if self._snapshot is not None:
                 self._snapshot = replace(self._snapshot, generating=False)
             self._changed.notify_all()
-        for box in boxes:
-            box.put(died(reason, self._log_dir))
+            self._requests.fail_all(lambda: died(reason, self._log_dir))

@@ -1,9 +1,9 @@
 """An engine without torch for tests of the engine process; names and words choose what it does.
 
 Models: "broken" files, "raising" any exception, "slow" (until cancelled), "fatal" (kills the
-process), any other name loads. Words: "hang" never accepts, "forever" never ends, "print" prints to
-standard output, "kill" dies mid-answer, "refuse" is a bad request, "crash" raises; anything else is
-echoed word by word.
+process), "large" fits only alone, "never fits", any other name loads. Words: "hang" never accepts,
+"forever" never ends, "print" prints to standard output, "kill" dies mid-answer, "refuse" is a bad
+request, "crash" raises; anything else is echoed word by word.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.errors import CancelledError, ModelFilesError, RequestError
+from runtime.errors import CancelledError, MemoryPlanError, ModelFilesError, RequestError
 
 
 class FakeEngine:
+    alive = 0
+
     def __init__(self, name: str, publish: Callable[[TelemetrySnapshot], None]) -> None:
+        FakeEngine.alive += 1
         self.name = name
         self.profile: Any = SimpleNamespace(device_kind="cuda" if "card" in name else "cpu")
         self.policy = "hybrid"
@@ -78,7 +81,7 @@ class FakeEngine:
         self.policy = policy
 
     def close(self) -> None:
-        pass
+        FakeEngine.alive -= 1
 
 
 def assemble(
@@ -95,6 +98,8 @@ def assemble(
         raise ZeroDivisionError("surprise")
     if request.model == "fatal":
         os.kill(os.getpid(), signal.SIGKILL)
+    if request.model == "never fits" or (request.model == "large" and FakeEngine.alive):
+        raise MemoryPlanError("It needs 7 GB and 3 GB are free.", "Choose a smaller model.")
     while request.model == "slow":
         if cancelled():
             raise CancelledError("The load was cancelled.")

@@ -158,7 +158,7 @@ def test_requests_beyond_the_queue_are_refused_and_the_others_answered(
     assert refusals == 1
 
 
-@pytest.mark.parametrize("model", ["broken", "raising"])
+@pytest.mark.parametrize("model", ["broken", "raising", "never fits"])
 @pytest.mark.parametrize("first", ["model", "card model"])
 def test_a_failing_load_keeps_the_previous_model(
     engine: LocalEngine, first: str, model: str
@@ -169,6 +169,14 @@ def test_a_failing_load_keeps_the_previous_model(
     assert status.notice
     assert status.next_step
     assert say(engine, "still here") == "still here "
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_takes_its_place(
+    engine: LocalEngine,
+) -> None:
+    load(engine)
+    assert load(engine, "large").model == "large"
+    assert say(engine, "there") == "there "
 
 
 def test_a_load_can_be_cancelled_and_the_previous_model_stays(engine: LocalEngine) -> None:
@@ -227,9 +235,10 @@ def test_a_model_that_kills_the_engine_is_not_loaded_again(engine: LocalEngine) 
 
 
 def test_an_engine_that_keeps_dying_is_given_up_and_can_be_revived(
-    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr("runtime.local_engine.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    engine: LocalEngine = request.getfixturevalue("engine")
     load(engine)
     for number in range(4):
         until(lambda: engine.status().state == "ready" and engine.pid is not None)

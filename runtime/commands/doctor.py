@@ -119,7 +119,7 @@ def _engine_process() -> Check:
     from runtime.engine_process import EngineProcess
 
     try:
-        process = EngineProcess((), None)
+        process = EngineProcess((), None, 30.0)
         try:
             hello = next(process.frames(), None)
         finally:

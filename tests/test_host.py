@@ -1,0 +1,165 @@
+"""The engine process by itself: what it says first, what it shrugs off, and when it goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.core import LoadRequest, Message, SamplingParams
+from runtime.private_streams import EXIT_APP_GONE, EXIT_PROTOCOL
+from runtime.wire import PROTOCOL_VERSION, encode_frame, read_frames, write_all
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Host:
+    def __init__(self, assembly: str = "tests.hosted_fake") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.host", "--assembly", assembly],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.frames = read_frames(self.stdout.fileno())
+
+    def send(self, frame: dict[str, Any]) -> None:
+        write_all(self.stdin.fileno(), encode_frame(frame))
+
+    def load(self, model: str, number: int = 1) -> None:
+        request = asdict(LoadRequest(model))
+        self.send({"op": "load", "number": number, "request": request})
+
+    def generate(self, text: str, request_id: int = 1) -> None:
+        self.send(
+            {
+                "op": "generate",
+                "id": request_id,
+                "conversation_id": "c",
+                "messages": [asdict(Message("user", text))],
+                "params": asdict(SamplingParams()),
+            }
+        )
+
+    def until(self, op: str, **wanted: Any) -> dict[str, Any]:
+        for frame in self.frames:
+            value = frame.get("value", {})
+            if frame["op"] == op and all(value.get(k) == v for k, v in wanted.items()):
+                return frame
+        raise AssertionError(f"it ended before {op}")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    one = Host()
+    yield one
+    one.process.kill()
+    one.process.wait()
+    one.stdin.close()
+    one.stdout.close()
+
+
+def test_it_greets_first_and_before_torch(host: Host) -> None:
+    assert next(host.frames) == {"op": "hello", "protocol": PROTOCOL_VERSION}
+    maps = Path(f"/proc/{host.process.pid}/maps")
+    if maps.exists():
+        assert "libtorch" not in maps.read_text()
+
+
+def test_it_volunteers_for_the_oom_killer(host: Host) -> None:
+    next(host.frames)
+    score = Path(f"/proc/{host.process.pid}/oom_score_adj")
+    if not score.exists():
+        pytest.skip("only Linux has one")
+    assert int(score.read_text()) > 0
+
+
+@pytest.mark.parametrize("model", ["model", "slow"])
+def test_the_end_of_the_pipe_ends_it_at_once(host: Host, model: str) -> None:
+    host.load(model)
+    host.until("status", state="loading")
+    if model == "model":
+        host.generate("forever")
+        host.until("chunk")
+    began = time.monotonic()
+    host.stdin.close()
+    assert host.process.wait(5) == EXIT_APP_GONE
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        encode_frame({"op": "sing"}),
+        encode_frame({"op": "generate", "id": "x"}),
+        encode_frame({"op": "load", "number": 1, "request": {"policy": "wish"}}),
+        encode_frame({"op": "stop"}),
+    ],
+)
+def test_what_it_does_not_understand_ends_it(host: Host, data: bytes) -> None:
+    next(host.frames)
+    write_all(host.stdin.fileno(), data)
+    assert host.process.wait(10) == EXIT_PROTOCOL
+
+
+def test_ctrl_c_in_a_terminal_is_for_the_app(host: Host) -> None:
+    next(host.frames)
+    os.kill(host.process.pid, signal.SIGINT)
+    host.load("model")
+    host.until("status", state="ready")
+
+
+def test_a_waiting_generation_can_be_stopped(host: Host) -> None:
+    host.load("model")
+    host.generate("forever", 1)
+    host.until("chunk")
+    host.generate("forever", 2)
+    host.send({"op": "stop", "id": 2})
+    host.send({"op": "stop", "id": 1})
+    ended = []
+    while len(ended) < 2:
+        frame = host.until("chunk")
+        if frame["chunk"]["kind"] == "finished":
+            ended.append((frame["id"], frame["chunk"]["value"]["reason"]))
+    assert ended == [(1, "cancelled"), (2, "cancelled")]
+
+
+def test_loads_that_arrive_out_of_order_leave_the_newest(host: Host) -> None:
+    host.load("newest", 2)
+    host.load("late", 1)
+    assert host.until("status", state="ready")["value"]["model"] == "newest"
+    host.generate("x")
+    host.until("front")
+    host.send({"op": "cancel_load", "number": 3})
+    assert host.until("status")["value"]["model"] == "newest"
+
+
+@pytest.mark.slow
+def test_the_real_engine_answers_through_the_pipe() -> None:
+    host = Host("runtime.assembly")
+    try:
+        host.load("default")
+        host.generate("Hello")
+        frame = host.until("chunk")
+        while frame["chunk"]["kind"] != "finished":
+            frame = host.until("chunk")
+        assert frame["chunk"]["value"]["stats"]["new_tokens"] > 0
+    finally:
+        host.process.kill()
+        host.process.wait()
+        host.stdin.close()
+        host.stdout.close()
