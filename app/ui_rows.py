@@ -39,7 +39,7 @@ def live_rows(live: LiveAnswer | None) -> list[Row]:
 
 def turn_at(turns: Sequence[StoredMessage], index: Any) -> StoredMessage | None:
     """Return the turn that owns row `index` of `settled_rows(turns)`; None when out of range."""
-    at = index[0] if isinstance(index, (list, tuple)) else index
+    at = index[0] if isinstance(index, (list, tuple)) and index else index
     if not isinstance(at, int) or at < 0:
         return None
     for turn in turns:
