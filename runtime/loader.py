@@ -101,11 +101,12 @@ def load_model(
     try:
         config = read_config(folder)
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
+        tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
+        end_ids = eos_token_ids(folder, config, tokenizer)
         skeleton = build_skeleton(config, dtype)
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = sort_checkpoint(skeleton, layers, files.tensors)
         shape = model_shape(folder.name, skeleton, layers)
-        tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
         dense = _DenseWeights(files, checkpoint, shape, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
         layers = find_moe_layers(model, dtype)
@@ -125,7 +126,7 @@ def load_model(
         layers=tuple(layers),
         store=store,
         context_tokens=shape.context_tokens,
-        eos_token_ids=eos_token_ids(folder, config, tokenizer),
+        eos_token_ids=end_ids,
         has_chat_template=tokenizer is not None and bool(tokenizer.chat_template),
     )
 

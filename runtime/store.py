@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.core import ExpertId, LoadProgress
-from runtime.errors import CancelledError
+from runtime.errors import CancelledError, MemoryPlanError
 from runtime.formats import DTYPE_BYTES, ExpertFormat, Part
 from runtime.safetensors_files import SafetensorsFiles, TensorEntry
 
@@ -62,6 +62,7 @@ class ExpertStore:
 
     Raises:
         ModelFilesError: a file cannot be read to the end.
+        MemoryPlanError: `allocate_host` has no room for a slab.
         CancelledError: `cancelled` said so; all slabs are gone by then.
     """
 
@@ -82,7 +83,7 @@ class ExpertStore:
         done_bytes = 0
         try:
             for number, layer in enumerate(layers):
-                slab = allocate_host(layer.format.size_bytes * len(layer.recipes))
+                slab = self._allocate(allocate_host, layer.format.size_bytes * len(layer.recipes))
                 self._slabs.append(slab)
                 text = f"Reading the experts of layer {number + 1} of {len(layers)}"
                 progress(LoadProgress(text, done_bytes, self.ram_bytes))
@@ -93,6 +94,16 @@ class ExpertStore:
             self.close()
             raise
         progress(LoadProgress("All experts are in memory", done_bytes, self.ram_bytes))
+
+    def _allocate(self, allocate_host: Callable[[int], Tensor], size_bytes: int) -> Tensor:
+        try:
+            return allocate_host(size_bytes)
+        except (MemoryError, RuntimeError) as error:
+            raise MemoryPlanError(
+                f"The experts need {self.ram_bytes / 2**30:.2f} GiB of memory, and there is no"
+                f" room for the next {size_bytes / 2**20:.1f} MiB of them.",
+                "Close other programs, or choose a smaller model.",
+            ) from error
 
     def bytes_of(self, expert: ExpertId) -> Tensor:
         """Return a view of one expert's bytes, uint8 (format.size_bytes,)."""
