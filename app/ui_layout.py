@@ -11,10 +11,10 @@ import gradio as gr
 from app.ui_theme import part
 
 QUESTIONS = (
-    "What can you help me with?",
-    "How does PreScope decide which experts stay on the GPU?",
+    "What does the heat map show?",
+    "Why are experts kept in RAM?",
+    "Tell me a story about a fox.",
     "What is 37 + 48?",
-    "Write a short note to thank a colleague.",
 )
 _LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},

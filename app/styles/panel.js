@@ -113,6 +113,21 @@ PreScope.panel = (element) => {
       const [stall, unit] = s.stall_s_per_token > 0 ? seconds(s.stall_s_per_token) : ["0", "ms"];
       text(at.stall, stall); text(at.stallu, unit);
     }
+    if (s.token_s > 0) {
+      const wait = Math.min(s.stall_s_per_token, s.token_s);
+      const cpu = Math.min(s.cpu_s_per_token, s.token_s - wait);
+      const parts = [wait, cpu, s.token_s - wait - cpu];
+      const [scale, unit] = s.token_s < 1 ? [1000, "ms"] : [1, "s"];
+      const said = parts.map((v) => (v > 0 ? fixed(v * scale, v * scale < 10 ? 1 : 0) : "0"));
+      parts.forEach((v, i) => {
+        at.tokenbar.children[i].style.flexGrow = String(v / s.token_s);
+        at.tokenbar.children[i].classList.toggle("none", !(v > 0));
+      });
+      at.tokenbar.classList.add("on");
+      text(at.tokens, seconds(s.token_s).join(" "));
+      text(at.tokenw, said[0]); text(at.tokenc, said[1]); text(at.tokenr, said[2]);
+      at.tokenbar.setAttribute("aria-label", `Of one token: waiting ${said[0]}, CPU ${said[1]}, the rest ${said[2]} ${unit}`);
+    }
     if (uses) text(at.hit, fixed(s.hit_rate * 100, s.hit_rate > 0.9995 ? 0 : 1));
 
     if (uses) {

@@ -6,7 +6,9 @@ PreScope.status = (element, props, trigger, watch) => {
   const root = element.querySelector(".ps-status");
   const load = root.querySelector(".ps-load");
   const notes = root.querySelector(".ps-notes");
-  const dismissed = new Set();
+  /* A notice that was dismissed stays away, in every tab, until the engine has none for a while. */
+  const KEPT = "ps-dismissed";
+  const dismissed = new Set([localStorage.getItem(KEPT)]);
   let status = null;
   let link = "connecting";
   let local = null;
@@ -48,9 +50,11 @@ PreScope.status = (element, props, trigger, watch) => {
     } else if (status?.state === "dead") {
       out.push({ kind: "bad", text: `The engine stopped${status.notice ? `: ${status.notice}` : "."}`, next: status.next_step || "Your chats are safe. Choose a model and press Load to start it again.", key: "" });
     } else if (status?.notice && !status.loading) {
-      const stays = status.state === "ready" && status.model && !/stays|keeps|still/i.test(status.notice)
+      const failed = /cannot|could not|fail|cancel|refus/i.test(status.notice);
+      const stays = failed && status.state === "ready" && status.model && !/stays|keeps|still/i.test(status.notice)
         ? ` ${name(status.model)} stays loaded.` : "";
-      out.push({ kind: "warn", text: status.notice + stays, next: status.next_step, key: `${status.notice}#${status.restarts}` });
+      const kind = failed || status.next_step ? "warn" : "info";
+      out.push({ kind, text: status.notice + stays, next: status.next_step, key: `${status.notice}#${status.restarts}` });
     }
     if (local) out.push({ kind: "bad", text: local.text, next: local.next, key: `local${local.n}` });
     return out.filter((n) => !dismissed.has(n.key));
@@ -78,7 +82,11 @@ PreScope.status = (element, props, trigger, watch) => {
         b.className = "ps-icon";
         b.setAttribute("aria-label", "Dismiss");
         b.innerHTML = '<svg viewBox="0 0 20 20" aria-hidden="true"><path d="M6 6l8 8M14 6l-8 8"/></svg>';
-        b.addEventListener("click", () => { dismissed.add(n.key); drawNotes(); });
+        b.addEventListener("click", () => { 
+          dismissed.add(n.key);
+          if (!n.key.startsWith("local")) localStorage.setItem(KEPT, n.key);
+          drawNotes();
+        });
         div.append(b);
       }
       return div;
@@ -93,7 +101,11 @@ PreScope.status = (element, props, trigger, watch) => {
   };
 
   load.querySelector("button").addEventListener("click", () => trigger("cancel_load", {}));
-  on("live", (tick) => { status = tick.status; drawLoad(); drawNotes(); drawButton(); });
+  on("live", (tick) => {
+    status = tick.status;
+    if (!status.notice) { dismissed.clear(); localStorage.removeItem(KEPT); }
+    drawLoad(); drawNotes(); drawButton();
+  });
   on("link", (state) => { link = state; drawNotes(); drawButton(); });
   watch("value", () => {
     /* A field that was stored clears its own note only. */
