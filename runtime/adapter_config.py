@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -77,6 +78,7 @@ REFUSALS = (
     ImportError,
     LookupError,
     RuntimeError,
+    StrictDataclassError,
     TypeError,
     ValueError,
 )

@@ -171,7 +171,8 @@ class _DenseWeights:
         with self._reading:
             raw = torch.empty(entry.size_bytes, dtype=torch.uint8)
             for begin in range(0, entry.size_bytes, READ_BYTES):
-                if self._ended or self._cancelled():
+                self._ended = self._ended or self._cancelled()
+                if self._ended:
                     raise _Stop(CancelledError("Loading was stopped."))
                 piece = raw[begin : begin + READ_BYTES]
                 try:

@@ -1,4 +1,4 @@
-"""Writes small random checkpoints in the hub's own format, one tensor per expert where it is so."""
+"""Small random checkpoints in the hub's own format, and the plainest ways to load and run them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from runtime.adapter import MoeLayer, attach
+from runtime.core import ExpertId
+from runtime.kernels import combine, rows_of, views
+from runtime.loader import LoadedModel, load_model
+from runtime.store import ExpertStore
 
 
 def auto_class(config: Any) -> Any:
@@ -36,6 +43,47 @@ def load_reference(folder: Path, config: Any, implementation: str = "eager") -> 
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
+
+
+def load(folder: Path, **options: Any) -> LoadedModel:
+    """Load a folder on the CPU; `options` override what `load_model` is told."""
+    chosen: dict[str, Any] = {
+        "torch_device": torch.device("cpu"),
+        "dtype": None,
+        "allocate_host": lambda size: torch.empty(size, dtype=torch.uint8),
+        "progress": lambda step: None,
+        "cancelled": lambda: False,
+    }
+    return load_model(folder, **chosen | options)
+
+
+def attach_plain_runner(layers: tuple[MoeLayer, ...], store: ExpertStore) -> None:
+    """Run experts in the plainest way that keeps the promise: from the store, one by one."""
+
+    def run(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        math, layout = layers[layer].math, layers[layer].format
+        dtype = math.row_dtype(hidden.dtype, weights.dtype)
+        rows = torch.zeros((index.numel(), hidden.shape[-1]), dtype=dtype)
+        for expert in index.unique().tolist():
+            tokens, positions = rows_of(index, expert)
+            parts = views(store.bytes_of(ExpertId(layer, expert)), layout)
+            rows[tokens * index.shape[1] + positions] = math.rows(
+                parts, hidden[tokens], weights[tokens, positions, None]
+            )
+        return combine(rows, index, hidden.dtype)
+
+    attach(layers, run)
+
+
+def logits(model: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of a prompt of 2x13 tokens and of one cached step after it."""
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(3, 150, (2, 13), generator=generator)
+    token = torch.randint(3, 150, (2, 1), generator=generator)
+    with torch.inference_mode():
+        first = model(input_ids=prompt, use_cache=True)
+        second = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True)
+    return first.logits, second.logits
 
 
 def _randomize(model: Any) -> None:
