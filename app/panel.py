@@ -55,7 +55,18 @@ def _loading(status: EngineStatus) -> Limit:
     meanwhile = (
         f"{status.model} answers until then." if status.model else "Answers start when it is done."
     )
-    return Limit("loading", f"Loading {status.loading}{share}{what}", meanwhile)
+    return Limit("loading", f"Loading {shown_name(status.loading or '')}{share}{what}", meanwhile)
+
+
+def shown_name(model: str) -> str:
+    """Return what a person calls the model of a `LoadRequest`: a name, not a path."""
+    if model == "default":
+        return "the built-in model"
+    parts = model.replace("\\", "/").rstrip("/").split("/")
+    for part in parts:
+        if part.startswith("models--"):
+            return "/".join(part.split("--")[1:])
+    return parts[-1] or model
 
 
 def _running(now: TelemetrySnapshot) -> Limit:

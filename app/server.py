@@ -38,6 +38,7 @@ from runtime.client import EngineClient
 from runtime.errors import ConfigError, PreScopeError
 
 RUN_FILE = Path("run") / "app.json"
+DEFAULT_MODEL = Path(__file__).parent.parent / "assets" / "default_model"
 _PORTS_TRIED = 20
 _READY_WITHIN_S = 30.0
 _QUEUE_SLEEPS = {"sleep_when_free": 0.05, "progress_update_sleep_when_free": 0.1}
@@ -72,7 +73,7 @@ class AppServer:
 
     def _open(self, port: int, engine: EngineClient, ui: ModuleType | Any) -> None:
         self.sessions = ChatSessions(self.history, self.settings, engine)
-        self.models = ModelShelf(self.settings)
+        self.models = ModelShelf(self.settings, default_folder=DEFAULT_MODEL)
         self.feed = LiveFeed(engine)
         self._socket = bind_loopback(port)
         self.port: int = self._socket.getsockname()[1]

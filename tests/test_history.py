@@ -336,6 +336,36 @@ def test_deleted_text_is_in_no_file(tmp_path: Path, indexed: bool) -> None:
     history.close()
 
 
+def test_a_little_deleted_text_among_much_is_gone_too(tmp_path: Path) -> None:
+    """Too little to be worth writing the file anew: freed pages and cells are zeroed instead."""
+    history = History(tmp_path)
+    kept, doomed = history.create("kept"), history.create("doomed")
+    for number in range(60):
+        history.ask(kept, f"kept {number} " + "filler " * 400)
+        if number % 20 == 0:
+            history.ask(doomed, "small-marker-7f3a")
+            history.ask(doomed, "large-marker-7f3a " * 500)
+    history.delete(doomed)
+    assert [p.name for p in tmp_path.iterdir() if b"marker-7f3a" in p.read_bytes()] == []
+    assert len(history.messages(kept)) == 120
+    history.close()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_search_forgets_what_was_edited_away(tmp_path: Path, indexed: bool) -> None:
+    history = History(tmp_path, use_search_index=indexed)
+    chat = history.create()
+    asked, answer = history.ask(chat, "banana question")
+    history.save_answer(answer, "banana answer", state="complete")
+    again = history.ask_again(chat, asked, "cherry question")
+    history.save_answer(again, "cherry answer", state="complete")
+    history.save_answer(again, "melon answer", state="complete")
+    assert history.conversations("banana") == history.conversations("cherry answer") == []
+    assert [found.id for found in history.conversations("cherry question")] == [chat]
+    assert [found.id for found in history.conversations("melon")] == [chat]
+    history.close()
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_search_finds_words_in_titles_and_turns(tmp_path: Path, indexed: bool) -> None:
     history = History(tmp_path, use_search_index=indexed)

@@ -47,6 +47,14 @@ def test_the_built_in_model_is_always_first(tmp_path: Path) -> None:
     assert (only.label, only.path, only.supported) == (DEFAULT_LABEL, DEFAULT, True)
 
 
+def test_the_built_in_model_shows_its_size(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", MIXTURE, 7)
+    (offer,) = ModelShelf(
+        SettingsStore(tmp_path), default_folder=folder, environ={"HF_HUB_CACHE": str(tmp_path)}
+    )()
+    assert (offer.path, offer.size_bytes, offer.experts, offer.why) == (DEFAULT, 14, 128, "")
+
+
 def test_a_folder_may_be_a_model_or_hold_models(tmp_path: Path) -> None:
     one = model(tmp_path / "one")
     many = tmp_path / "many"

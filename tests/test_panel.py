@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.panel import limit
+from app.panel import limit, shown_name
 from runtime.core import EngineStatus, LoadProgress, TelemetrySnapshot
 
 READY = EngineStatus(state="ready", model="m")
@@ -110,6 +110,21 @@ def test_the_advice_fits_the_policy_and_the_cache(changes: dict[str, Any], words
 def test_a_load_under_way_says_who_answers_meanwhile() -> None:
     switching = EngineStatus(state="loading", model="old", loading="new")
     assert limit(switching, RUNNING).advice == "old answers until then."
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("default", "the built-in model"),
+        ("/home/me/models/OLMoE/", "OLMoE"),
+        ("C:\\models\\Qwen3 30B", "Qwen3 30B"),
+        ("/c/hub/models--openai--gpt-oss-120b/snapshots/0123abcd", "openai/gpt-oss-120b"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_models_are_called_by_name(model: str, name: str) -> None:
+    assert shown_name(model) == name
 
 
 shares = st.floats(0, 10, allow_nan=False)

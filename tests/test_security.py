@@ -507,6 +507,47 @@ def test_bodies_are_capped(ours: Target, monkeypatch: pytest.MonkeyPatch) -> Non
         assert _reply(link).status != 200
 
 
+def through_the_guard(headers: list[tuple[bytes, bytes]], bodies: list[bytes]) -> list[Any]:
+    """Speak to the guard itself, as a more lenient server would; return what it sent."""
+    sent: list[Any] = []
+    waiting = list(bodies)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        read = 0
+        while (message := await receive())["type"] == "http.request":
+            read += len(message["body"])
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "read", "body": read})
+
+    guard = security.Guard(app, port=80, token="secret")
+    scope = {"type": "http", "method": "POST", "path": "/x", "query_string": b""}
+    asyncio.run(guard({**scope, "headers": headers}, receive, send))
+    return sent
+
+
+KEY = (b"authorization", b"Bearer secret")
+HOST = (b"host", b"localhost:80")
+
+
+@pytest.mark.parametrize("headers", [[KEY], [KEY, HOST, HOST], [KEY, HOST, (b"host", b"evil")]])
+def test_the_guard_itself_wants_exactly_one_name(headers: list[tuple[bytes, bytes]]) -> None:
+    assert through_the_guard(headers, [b""])[0]["status"] == 421
+
+
+def test_the_guard_itself_hangs_up_on_a_body_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "MAX_BODY_BYTES", 1000)
+    assert through_the_guard([KEY, HOST], [b"x" * 500] * 2)[1]["body"] == 1000
+    assert through_the_guard([KEY, HOST], [b"x" * 500] * 9)[1]["body"] == 1000
+
+
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "BREW"])
 def test_odd_methods_are_refused(ours: Target, method: str) -> None:
     assert ours.ask_signed_in(method, "/").status in (400, 404, 405)
