@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -99,26 +100,25 @@ class AppProcess:
                 continue
 
     def _terminate(self) -> None:
-        if os.name == "nt":
+        if sys.platform == "win32":
             self._child.terminate()
         else:
             self._signal_group(signal.SIGTERM)
 
     def _kill(self) -> None:
-        if os.name == "nt":
+        if sys.platform == "win32":
             command = ["taskkill", "/F", "/T", "/PID", str(self._child.pid)]
             subprocess.run(command, capture_output=True, check=False)
             self._child.kill()
         else:
             self._signal_group(signal.SIGKILL)
 
-    def _signal_group(self, number: int) -> None:
-        """The app leads its own process group, so its engine hears it too."""
-        if self._child.poll() is None:
-            try:
-                os.killpg(self._child.pid, number)
-            except ProcessLookupError:
-                return
+    if sys.platform != "win32":
+
+        def _signal_group(self, number: int) -> None:
+            """The app leads its own process group, so its engine hears it too."""
+            if self._child.poll() is None:
+                quietly(lambda: os.killpg(self._child.pid, number))
 
     def _last_words(self) -> str:
         with self._places.app_log.open("rb") as log:

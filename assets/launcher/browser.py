@@ -9,9 +9,8 @@ import webbrowser
 
 def has_desktop() -> bool:
     """Without one, Python would start a text browser in the launcher's own console."""
-    if sys.platform in ("win32", "darwin"):
-        return True
-    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    named = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    return named or sys.platform in ("win32", "darwin")
 
 
 def open_page(url: str) -> bool:

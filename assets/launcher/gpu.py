@@ -29,8 +29,6 @@ class Gpu:
 
 def probe(timeout_s: float = PROBE_TIMEOUT_S) -> Gpu | None:
     """The best NVIDIA card, or None: no card, no driver, a driver that hangs or crashes."""
-    if sys.platform == "darwin":
-        return None
     try:
         done = subprocess.run(
             [sys.executable, "-I", str(Path(__file__))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,10 +14,28 @@ from typing import BinaryIO
 
 from assets.launcher.places import Places, quietly, read_json
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
+
+    def take(file: BinaryIO, shared: bool) -> bool:
+        """Windows has no shared kind here: a shared lock somebody else has counts as taken."""
+        file.seek(0)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return shared
+        return True
 else:
     import fcntl
+
+    def take(file: BinaryIO, shared: bool) -> bool:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
 
 HEALTH_TIMEOUT_S = 2.0
 
@@ -24,8 +43,7 @@ HEALTH_TIMEOUT_S = 2.0
 class FileLock:
     """A lock on a file, held until `release` or the end of the process, even by kill -9.
 
-    `shared` locks exclude only exclusive ones. Windows has no shared kind here, so there a shared
-    lock that is already taken counts as held (the exclusive side still sees it).
+    `shared` locks exclude only exclusive ones.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,16 +53,9 @@ class FileLock:
     def acquire(self, shared: bool = False) -> bool:
         """Whether the lock is ours now; never waits."""
         file = self.path.open("a+b")
-        try:
-            if os.name == "nt":
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-                fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
-        except OSError:
+        if not take(file, shared):
             file.close()
-            return shared and os.name == "nt"
+            return False
         self._file = file
         return True
 

@@ -11,7 +11,7 @@ import sys
 import threading
 
 
-def end_with_launcher(descriptor):
+def end_with_launcher(descriptor: int) -> None:
     while os.read(descriptor, 4096):
         pass
     os._exit(75)

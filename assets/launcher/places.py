@@ -126,12 +126,13 @@ class Places:
 
 def windows_long_paths() -> bool:
     """Whether this Windows lets programs pass the 260 character limit."""
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        try:
+            return bool(ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled())
+        except (OSError, AttributeError):
+            return False
+    else:
         return True
-    try:
-        return bool(ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled())
-    except (OSError, AttributeError):
-        return False
 
 
 def quietly(action: Callable[[], object]) -> None:

@@ -92,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _from_this_computer(self) -> bool:
         """A foreign name that was made to point here (DNS rebinding) shows in the Host header."""
-        port = self.server.server_address[1]
+        assert isinstance(self.server, ThreadingHTTPServer)
+        port = self.server.server_port
         return self.headers.get("Host", "") in (f"127.0.0.1:{port}", f"localhost:{port}")
 
     def _has_key(self) -> bool:

@@ -151,6 +151,11 @@ class Report:
         if self._stopped:
             raise Stopped
 
+    def close(self) -> None:
+        """Ends the log; the console is not ours to close."""
+        if self._log is not None:
+            self._log.close()
+
     def snapshot(self) -> dict[str, Any]:
         """What the page shows. Holds the app's token once ready: serve it to its page only."""
         with self._changed:

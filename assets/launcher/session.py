@@ -100,6 +100,7 @@ class Session:
             self._close_page()
             quietly(self._places.app_file.unlink)
             self._report.line("PreScope is closed.")
+            self._report.close()
             self._closing.finished.set()
         return self._status
 

@@ -104,7 +104,8 @@ def windows_desktop(home: Path) -> Path:
             return Path(os.path.expandvars(value))
         except OSError:
             return home / "Desktop"
-    return home / "Desktop"
+    else:
+        return home / "Desktop"
 
 
 def _batch(text: str) -> str:

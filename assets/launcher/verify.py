@@ -6,6 +6,7 @@ files are there at the first start.
 
 import importlib
 import json
+from typing import Any
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def try_cuda(torch) -> dict:
+def try_cuda(torch: Any) -> dict[str, str]:
     """A matrix product on the card and a copy from pinned memory; or why that did not work."""
     try:
         cuda = torch.device("cuda")

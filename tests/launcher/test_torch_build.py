@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,34 @@ def test_a_driver_that_hangs_or_crashes_counts_as_none(
 def test_the_probe_itself_runs_here_and_prints_json() -> None:
     done = subprocess.run([sys.executable, gpu.__file__], capture_output=True, check=True)
     assert done.stdout.strip() == b"null" or b'"capability"' in done.stdout
+
+
+FAKE_DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 12060; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char *name, int size, int device) {
+  strncpy(name, device ? "Better Card" : "Old Card", size);
+  return 0;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 75 ? (device ? 8 : 6) : (device ? 9 : 1);
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs a C compiler")
+def test_the_driver_is_asked_in_its_own_language(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "driver.c"
+    source.write_text(FAKE_DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    card = gpu.probe()
+    assert card == Gpu("Better Card", (12, 6), (8, 9))
+    assert suitable(card, "Linux")[0].index == CU126
