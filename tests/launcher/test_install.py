@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from tests.launcher.tree import Tree, wait_until
-from tests.launcher.wheels import Index, make_wheel, rebuilt_wheel
+from tests.launcher.wheels import Index, borrowed_pip, make_wheel
 
 TORCH = "torch-1.0-py3-none-any.whl"
 TORCH_BYTES = 3_000_000
@@ -28,7 +28,7 @@ class Shop:
         self.index = index
         self.tree = tree
         tree.environ["PIP_INDEX_URL"] = index.simple
-        name, pip = rebuilt_wheel("pip")
+        name, pip = borrowed_pip()
         digest = index.add(name, pip)
         self.write("pip.txt", f"pip=={name.split('-')[1]} --hash=sha256:{digest}\n")
         self.offer("small", "1.0", "requirements.txt")
