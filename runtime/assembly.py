@@ -123,6 +123,7 @@ def assemble(
         return rows
 
     attach(loaded.layers, run)
+    engine.announce()
     return engine
 
 

@@ -27,7 +27,6 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.errors import ContextLengthError
 from runtime.prompts import PromptEncoder, Tokenizer
 from runtime.sampler import Sampler, check_params
 from runtime.sequences import Cache, Conversation, Conversations
@@ -132,7 +131,7 @@ class Engine:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that `generate` would start from."""
-        return list(self._prompts.encode(messages).ids)
+        return list(self._prompts.encode(messages, self.context_tokens).ids)
 
     def forget(self) -> None:
         """Drop the keys and values of every conversation."""
@@ -141,6 +140,10 @@ class Engine:
     def set_policy(self, policy: str) -> None:
         """Change the placement policy from the next token on."""
         self.parts.executor.set_policy(policy)
+        self._panel.refresh()
+
+    def announce(self) -> None:
+        """Publish a snapshot although nothing has been generated yet."""
         self._panel.refresh()
 
     def heartbeat(self) -> None:
@@ -169,16 +172,11 @@ class Engine:
         check_params(params)
         device = self.parts.device
         timing = Timing(device.now_s(), self.parts.executor.counters())
-        prompt = self._prompts.encode(messages)
+        prompt = self._prompts.encode(messages, self.context_tokens)
         timing.prompt_tokens = len(prompt.ids)
-        if timing.prompt_tokens >= self.context_tokens:
-            raise ContextLengthError(
-                f"The conversation has {timing.prompt_tokens:,} tokens and this model's context "
-                f"holds {self.context_tokens:,}, the answer included.",
-                "Shorten the message, or start a new chat.",
-            )
         room = min(params.max_new_tokens, self.context_tokens - timing.prompt_tokens)
-        conversation = self._conversations.take(conversation_id, prompt.ids)
+        with self.parts.executor.computing():  # cutting a cache is work on the device as well
+            conversation = self._conversations.take(conversation_id, prompt.ids)
         self._conversations.make_room(timing.prompt_tokens + room)
         sampler = Sampler(params, list(prompt.ids))
         text = TextStream(self.parts.tokenizer, prompt.opens_reasoning)
@@ -249,14 +247,16 @@ class Engine:
     ) -> torch.Tensor | None:
         """Compute the prompt's new tokens; None if stopped before the last of them."""
         logits = None
+        size = self._chunk_tokens if conversation.cache.continues else len(ids)
         self._interrupted = stop
         try:
-            for begin in range(0, len(ids), self._chunk_tokens):
+            for begin in range(0, len(ids), size):
                 if stop():
                     return None
-                logits = self._forward(conversation, ids[begin : begin + self._chunk_tokens])
+                logits = self._forward(conversation, ids[begin : begin + size])
         except _StoppedError:
-            conversation.rewind()
+            with self.parts.executor.computing():
+                conversation.rewind()
             return None
         finally:
             self._interrupted = None
@@ -275,6 +275,7 @@ class Engine:
                 logits_to_keep=1,
             )
             logits: torch.Tensor = output.logits[0, -1]
+            conversation.cache.past = output.past_key_values
         parts.device.wait_for_compute()
         conversation.ids.extend(ids)
         conversation.intact = True

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 from jinja2 import TemplateError as JinjaError
 
 from runtime.core import Message
-from runtime.errors import RequestError, TemplateError
+from runtime.errors import ContextLengthError, RequestError, TemplateError
 
 ROLES = ("system", "user", "assistant")
 MAX_RENDERED_CHARACTERS = 64 * 2**20
+SLICE_CHARACTERS = 50_000
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 # A noncharacter: Unicode reserves it for use inside a program, so no text needs it.
@@ -87,15 +88,17 @@ class PromptEncoder:
         self._control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._newline_ids = self._encode("\n")
 
-    def encode(self, messages: Sequence[Message]) -> Prompt:
+    def encode(self, messages: Sequence[Message], context_tokens: int) -> Prompt:
         """Return the ids of the whole conversation up to where the answer begins.
 
         Raises:
             RequestError: no message, or a role that no template knows.
+            ContextLengthError: no token of the context would be left for the answer.
             TemplateError: the template is missing, refused, failed or wrote too much.
         """
         if not messages:
             raise RequestError("There is no message to answer.", "Send at least one message.")
+        self._refuse_what_is_far_too_long(messages, context_tokens)
         turns = []
         for message in messages:
             if message.role not in ROLES:
@@ -111,6 +114,8 @@ class PromptEncoder:
                 "The model's chat template rendered these messages to nothing.",
                 "Choose another model, or report the template to its authors.",
             )
+        if len(ids) >= context_tokens:
+            raise too_long(f"{len(ids):,}", context_tokens)
         return Prompt(tuple(ids), rendered.rstrip().endswith(THINK_OPEN))
 
     def defused(self, text: str) -> str:
@@ -118,7 +123,7 @@ class PromptEncoder:
 
         Lone surrogates, which no tokenizer can encode, become replacement characters.
         """
-        text = text.replace(BREAK, "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _encodable(text.replace(BREAK, ""))
         broken = self._control_text.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
         if broken != text or not text.isascii():
             # A tokenizer may also normalise other spellings (full-width letters) to its tokens.
@@ -126,6 +131,20 @@ class PromptEncoder:
             if not self._control_ids.isdisjoint(ids):
                 return BREAK.join(broken.replace(BREAK, ""))
         return broken
+
+    def _refuse_what_is_far_too_long(self, messages: Sequence[Message], limit: int) -> None:
+        """Count slices until it is clear: encoding all of a 10 MB paste would take a minute.
+
+        Cut in slices, a text has a few tokens more than whole; a tenth more is far too many.
+        """
+        text = "".join(message.content for message in messages)
+        if len(text) <= SLICE_CHARACTERS:
+            return
+        tokens = 0
+        for begin in range(0, len(text), SLICE_CHARACTERS):
+            tokens += len(self._encode(_encodable(text[begin : begin + SLICE_CHARACTERS])))
+            if tokens > limit * 1.1:
+                raise too_long(f"more than {limit:,}", limit)
 
     def _render(self, turns: list[dict[str, str]]) -> str:
         if not self._tokenizer.chat_template:
@@ -168,3 +187,16 @@ class PromptEncoder:
         if ids[:size] == self._newline_ids:
             return ids[size:]
         return self._encode(text)
+
+
+def too_long(tokens: str, context_tokens: int) -> ContextLengthError:
+    """Return the error for a conversation of so many tokens."""
+    return ContextLengthError(
+        f"The conversation has {tokens} tokens and this model's context holds "
+        f"{context_tokens:,}, the answer included.",
+        "Shorten the message, or start a new chat.",
+    )
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

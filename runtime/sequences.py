@@ -12,9 +12,13 @@ from typing import Any, Protocol
 
 
 class Cache(Protocol):
-    """The keys and values of one conversation; `past` is what the model itself takes."""
+    """The keys and values of one conversation; `past` is what the model itself takes.
+
+    `continues`: several tokens at once may follow what it holds (one always may).
+    """
 
     past: Any
+    continues: bool
 
     @property
     def can_crop(self) -> bool: ...
@@ -64,6 +68,8 @@ class Conversations:
         kept = self._kept.pop(conversation_id, None)
         if kept is not None:
             shared = min(common_prefix(kept.ids, prompt_ids), len(prompt_ids) - 1)
+            if not kept.cache.continues and len(prompt_ids) - shared > 1:
+                shared = 0
             if shared == len(kept.ids):
                 return kept
             if kept.cache.can_crop and shared > 0:

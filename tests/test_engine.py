@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from runtime.adapter_cache import KvCache
 from runtime.core import Accepted, Delta, Finished, GenerationChunk, Message, SamplingParams
 from runtime.engine import Engine
 from runtime.errors import ContextLengthError, ModelError, RequestError
@@ -63,7 +64,7 @@ def reference(text: str, new: int, network: Any = None) -> list[int]:
     words = tokenizer()
     from runtime.prompts import PromptEncoder
 
-    ids = torch.tensor([PromptEncoder(words).encode([Message("user", text)]).ids])
+    ids = torch.tensor([PromptEncoder(words).encode([Message("user", text)], CONTEXT_TOKENS).ids])
     made = (network or model()).generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -228,6 +229,24 @@ def test_a_cache_that_forgets_is_not_cut(sliding: tuple[Any, Any]) -> None:
     with_reuse = ask(one, turns)
     fresh = ask(engine(network=network, config=config, chunk=8, eos=[]), turns)
     assert ids_of(with_reuse) == ids_of(fresh)
+
+
+class OnePiece(KvCache):
+    """The cache of a family that must be given a prompt whole."""
+
+    def __init__(self) -> None:
+        super().__init__(model().config)
+        self.continues = False
+
+
+def test_a_family_that_needs_whole_prompts_gets_them() -> None:
+    executor = StandInExecutor()
+    one = engine(executor=executor, chunk=8, new_cache=OnePiece)
+    first = ask(one, "a prompt longer than a chunk")
+    assert isinstance(first[0], Accepted)
+    assert executor.passes[0] == first[0].prompt_tokens > 8
+    assert reused(ask(one, "a prompt longer than a chunk")) == first[0].prompt_tokens - 1
+    assert reused(ask(one, "a prompt longer than a cat")) == 0
 
 
 # Stopping
