@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from runtime.client_local import LocalEngine
 from runtime.core import (
     EngineStatus,
     GenerationChunk,
@@ -18,7 +19,6 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.local_engine import LocalEngine
 
 __all__ = ["EngineClient", "LocalEngine"]
 

@@ -237,7 +237,7 @@ def test_a_model_that_kills_the_engine_is_not_loaded_again(engine: LocalEngine) 
 def test_an_engine_that_keeps_dying_is_given_up_and_can_be_revived(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr("runtime.local_engine.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("runtime.client_local.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
     engine: LocalEngine = request.getfixturevalue("engine")
     load(engine)
     for number in range(4):
@@ -266,7 +266,7 @@ def test_a_template_that_hangs_is_cut_off_and_named(tmp_path: Path) -> None:
 def test_a_process_that_never_greets_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.local_engine.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("runtime.client_local.RESTART_DELAYS_S", (0.0, 0.0, 0.0))
     silent = tmp_path / "silent.py"
     silent.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(sys, "executable", sys.executable)

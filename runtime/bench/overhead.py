@@ -109,6 +109,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     ratio, same = result["time_ratio_to_generate"], result["same_tokens"]
     lines = [f"Time for {result['new_tokens']} greedy tokens as a ratio to transformers' generate:"]
     for name, what in (("loop", "our loop, its model"), ("engine", "our engine, all resident")):

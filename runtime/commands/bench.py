@@ -30,6 +30,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     if "suites" in result:
         return "".join(f"{name:12} {what}\n" for name, what in result["suites"].items())
     module = importlib.import_module(f"runtime.bench.{result['suite'].replace('-', '_')}")

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     stats = result["stats"]
     mark = ", emulated" if stats["emulated"] else ""
     return (

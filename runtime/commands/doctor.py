@@ -38,6 +38,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     lines = []
     for check in result["checks"]:
         lines.append(f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['detail']}")

@@ -36,6 +36,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     plan = result["plan"]
     mark = " (emulated)" if result["emulated"] else ""
     lines = [f"{result['model']} on {result['device']}{mark}"]

@@ -18,6 +18,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
 
 def tell(result: dict[str, Any]) -> str:
+    """Put the result into words."""
     lines = []
     for name, value in result.items():
         if isinstance(value, dict):

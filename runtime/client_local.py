@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from runtime.client_requests import Box, Front, Requests, RestartLimit, generate_frame
 from runtime.core import (
     POLICIES,
     Accepted,
@@ -27,7 +28,6 @@ from runtime.core import (
 )
 from runtime.engine_process import EngineProcess, died
 from runtime.errors import PreScopeError, ProtocolError, RequestError, error_from_json
-from runtime.requests import Box, Front, Requests, RestartLimit, generate_frame
 from runtime.wire import PROTOCOL_VERSION, Frame, chunk_from_json, record_from_json
 
 MAX_RESTARTS = 3
