@@ -7,6 +7,7 @@ is read, not run, wherever it only merges, so that experts go from the file to t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from runtime.formats import Part
 from runtime.safetensors_files import TensorEntry
 from runtime.store import Conversion, LayerSource, Piece, Recipe
 
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 _AGAIN = "Download the model again, or choose another one."
 
 
@@ -87,10 +89,16 @@ def _sort_keys(
     prefix = skeleton.base_model_prefix
     found: dict[str, _Found] = {}
     dense = []
+    renamed: dict[str, tuple[str, str | None]] = {}
     for key in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        # Renaming takes 0.2 ms, and all experts of a layer get the same name.
+        sibling = _EXPERT_NUMBER.sub(".experts.*.", key)
+        name, pattern = renamed.get(sibling, ("", None))
+        if name not in wanted:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
+        renamed[sibling] = (name, pattern)
         if name in wanted:
             converter = by_pattern[pattern] if pattern is not None else None
             source = found.setdefault(name, _Found(converter))

@@ -103,9 +103,12 @@ def load_model(
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
         tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
         end_ids = eos_token_ids(folder, config, tokenizer)
+        _check(cancelled)
         skeleton = build_skeleton(config, dtype)
+        _check(cancelled)
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = sort_checkpoint(skeleton, layers, files.tensors)
+        _check(cancelled)
         shape = model_shape(folder.name, skeleton, layers)
         dense = _DenseWeights(files, checkpoint, shape, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
@@ -253,6 +256,11 @@ def _load_dense(
     check_every_moe_layer_is_ours(model)
     # Parameters keep requires_grad: matmul picks its kernel by it, and the last bit with it.
     return model.eval()
+
+
+def _check(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise CancelledError("Loading was stopped.")
 
 
 def _most_common_dtype(files: SafetensorsFiles) -> torch.dtype:
