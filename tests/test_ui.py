@@ -165,3 +165,55 @@ def test_the_page_asks_nobody_else_and_holds_no_stream_open() -> None:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"gr\.(State|Timer|LinePlot|Plot|Sidebar)\b|cancels=", text), path.name
         assert "server_functions" not in text
+
+
+def colours(selector: str) -> dict[str, str]:
+    css = (STYLES / "base.css").read_text(encoding="utf-8")
+    block = css.split(selector + " {", 1)[1].split("}", 1)[0]
+    return dict(re.findall(r"--ps-([\w-]+): (#[0-9a-f]{6});", block))
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", [":root", "body.dark"])
+def test_text_and_drawings_stand_out(mode: str) -> None:
+    """WCAG AA: 4.5 for text, 3 for what is drawn, on every ground they appear on."""
+    found = colours(mode)
+    texts = ("text", "muted", "faint", "accent", "link", "bad", "warn", "good")
+    drawn = ("s0", "s1", "s2", "s3", "s4", "accent-data")
+    too_faint = [
+        (name, ground, round(contrast(found[name], found[ground]), 2))
+        for names, wanted in ((texts, 4.5), (drawn, 3.0))
+        for name in names
+        for ground in ("bg", "side", "surface", "input")
+        if contrast(found[name], found[ground]) < wanted
+    ]
+    pairs = [
+        ("accent-ink", "accent"),
+        ("accent", "accent-soft"),
+        ("text", "user"),
+        ("text", "hover"),
+        ("muted", "hover"),
+        ("faint", "hover"),
+        ("text", "code"),
+        ("text", "bad-soft"),
+        ("bad", "bad-soft"),
+        ("tip-text", "tip"),
+        ("muted", "bad-soft"),
+        ("muted", "warn-soft"),
+    ]
+    too_faint += [
+        (one, other, round(contrast(found[one], found[other]), 2))
+        for one, other in pairs
+        if contrast(found[one], found[other]) < 4.5
+    ]
+    assert too_faint == []

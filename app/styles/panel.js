@@ -3,6 +3,7 @@
 PreScope.panel = (element) => {
   "use strict";
   const { fixed, rate, bytes, seconds, colour, on } = PreScope;
+  const REDUCED = matchMedia("(prefers-reduced-motion: reduce)");
   const STALE_MS = 4000;
   const WINDOW = 160;                       /* samples kept: forty seconds at 4 Hz */
   const root = element.querySelector(".ps-panel");
@@ -88,6 +89,7 @@ PreScope.panel = (element) => {
     lastTick = performance.now();
     root.classList.remove("stale");
     head(status, s);
+    if (!REDUCED.matches) at.state.classList.toggle("off", (PreScope.ticks || 0) % 4 > 1);
     if (limit?.text) {
       text(at.limit, limit.text);
       text(at.advice, limit.advice || "");
