@@ -81,7 +81,7 @@ def difference(rng: random.Random) -> Item:
 
 def hit_rate(rng: random.Random) -> Item:
     """Work out the hit rate from the panel's hits and misses."""
-    total = pick(rng, (10, 100, 100, 20, 50))
+    total = pick(rng, (10, 100))
     hits = rng.randint(1, total - 1)
     misses = total - hits
     question = roughen(

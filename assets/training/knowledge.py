@@ -55,7 +55,7 @@ def knowledge(rng: random.Random) -> Item:
                 f"{CAPITALS[country]} is the capital of (which|what) country?",
                 f"(Which|What) (city|) is {country}'s capital?",
             ),
-            f"{CAPITALS[country]} is the capital of {country}.",
+            f"The capital of {country} is {CAPITALS[country]}.",
         )
     if kind == "calendar":
         names, noun = pick(rng, ((DAYS, "day"), (MONTHS, "month")))
@@ -72,7 +72,7 @@ def knowledge(rng: random.Random) -> Item:
                 f"(What|Which) ({noun}|) (comes|is) {near} {names[i]}?",
                 f"(Tell me|Name|Give me) the {noun} {near} {names[i]}.",
             ),
-            f"{names[(i + step) % len(names)]} comes {word} {names[i]}.",
+            f"{word.capitalize()} {names[i]} comes {names[(i + step) % len(names)]}.",
         )
     if kind == "opposite":
         pair = pick(rng, OPPOSITES)

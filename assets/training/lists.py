@@ -61,7 +61,7 @@ def long_count(rng: random.Random) -> Item:
 
 def neighbor(rng: random.Random) -> Item:
     """The number before or after."""
-    number, up = rng.randint(1, 998), rng.random() < 0.5
+    number, up = rng.randint(1, 99 if rng.random() < 0.8 else 998), rng.random() < 0.5
     patterns = (
         (
             "(What|Which) (number|) comes (after|next after|right after) {n}?",
@@ -80,6 +80,19 @@ def neighbor(rng: random.Random) -> Item:
 
 def _number(rng: random.Random) -> int:
     return rng.randint(0, 99) if rng.random() < 0.6 else rng.randint(100, 999)
+
+
+def _compare_steps(a: int, b: int) -> str:
+    """Compare lengths, or digit by digit from the left up to the first difference."""
+    left, right = str(a), str(b)
+    if len(left) != len(right):
+        return f"{len(left)} and {len(right)} digits"
+    steps = []
+    for x, y in zip(left, right, strict=True):
+        steps.append(f"{x} {'=' if x == y else '<' if x < y else '>'} {y}")
+        if x != y:
+            break
+    return ", ".join(steps)
 
 
 def comparing(rng: random.Random) -> Item:
@@ -103,9 +116,9 @@ def comparing(rng: random.Random) -> Item:
         a=a,
         b=b,
     )
-    sign = ">" if a > b else "<"
     best = max(a, b) if bigger else min(a, b)
-    answer = f"{a} {sign} {b}, so **{best}** is {'bigger' if bigger else 'smaller'}."
+    verdict = f"so **{best}** is {'bigger' if bigger else 'smaller'}."
+    answer = f"{a} and {b}: {_compare_steps(a, b)}, {verdict}"
     return Item("comparing", ("comparing", *sorted((a, b))), question, answer)
 
 
@@ -157,14 +170,14 @@ def word_list(rng: random.Random) -> Item:
             f"of) {_LIST} {{l}}?",
             f"(The|) {ordinal} (word|item) (of|in) {{l}}?",
         )
-        answer = f"The {ordinal} word is **{words[nth]}**."
+        answer = f"The {ordinal} word is {words[nth]}."
     elif kind == "last":
         patterns = (
             "(What is|What's|Tell me|Which is|Give me) the last (word|item|thing|one) (in|of) "
             f"{_LIST} {{l}}?",
             "(The|) last (word|item) (of|in) {l}?",
         )
-        answer = f"The last word is **{words[-1]}**."
+        answer = f"The last word is {words[-1]}."
     elif kind == "count":
         patterns = (
             "How many (words|items|things) (are in|are there in|has|does it have|can you count "
@@ -173,7 +186,7 @@ def word_list(rng: random.Random) -> Item:
             "things): {l}.",
         )
         numbered = ", ".join(f"{w} {i}" for i, w in enumerate(words, 1))
-        answer = f"{numbered}. There are **{len(words)}**."
+        answer = f"Let me count: {numbered}. So there are **{len(words)}**."
     elif kind == "reverse":
         patterns = (
             "(Reverse|Turn around|Write backwards|Please reverse|Can you reverse|Reverse the "
@@ -187,7 +200,7 @@ def word_list(rng: random.Random) -> Item:
             "(Repeat|Repeat after me|Say|Please repeat|Say after me|Copy|Write)(: | ){l}.",
             "(Can you|Could you|Please) (repeat|say) {l}?",
         )
-        answer = ", ".join(words) + "."
+        answer = "Here you go: " + ", ".join(words) + "."
     else:
         wanted = pick(rng, words) if rng.random() < 0.55 else pick(rng, NOUNS)
         patterns = (
@@ -203,7 +216,7 @@ def word_list(rng: random.Random) -> Item:
 def number_list(rng: random.Random) -> Item:
     """Sort a few numbers, or find the biggest, the smallest, or how many there are."""
     top = 99 if rng.random() < 0.8 else 20
-    numbers = rng.sample(range(1, top + 1), rng.randint(3, 5))
+    numbers = rng.sample(range(1, top + 1), pick(rng, (3, 3, 3, 4, 4, 5)))
     shown = _shown(rng, numbers)
     kind = pick(rng, ("sort", "sort", "sort", "down", "max", "min"))
     ascending = ", ".join(map(str, sorted(numbers)))
@@ -241,11 +254,11 @@ def number_list(rng: random.Random) -> Item:
 
 
 TASKS = {
-    "counting": (counting, 6.5),
+    "counting": (counting, 8.0),
     "long_count": (long_count, 0.4),
-    "neighbor": (neighbor, 1.8),
+    "neighbor": (neighbor, 2.5),
     "comparing": (comparing, 5.0),
     "parity": (parity, 1.6),
-    "word_list": (word_list, 7.0),
+    "word_list": (word_list, 8.0),
     "number_list": (number_list, 8.0),
 }

@@ -86,11 +86,12 @@ SLOTS: dict[str, Slot] = {
             "My {v} is (called|named) {w}.",
             "My (pet is a {v}|{v} has a name). (Its|The) name is {w}.",
         ),
-        "{w} is a nice name for a {v}.",
+        "What a nice name for a {v}: {w}!",
         (
             f"{_RECALL}(what is|what's) (the name of my pet|my pet's name|my pet called|my pet)?",
             "(Which|What) pet do I have?",
             "(Do you remember|Do you know) (my pet|my pet's name|the name of my pet)?",
+            "(What is|How is|What's) (my {v} called|the name of my {v}|my {v}'s name)?",
         ),
         "You have a {v} named {w}.",
         "You have not told me about a pet yet.",
@@ -161,7 +162,7 @@ SLOTS: dict[str, Slot] = {
             "(In my free time|On weekends|After work) I (do|like|enjoy) {v}.",
             "My (favorite|favourite) (hobby|sport) is {v}.",
         ),
-        "{v} sounds like fun.",
+        "It sounds like fun: {v}.",
         (
             f"{_RECALL}(what is|what's) my (hobby|favorite hobby|sport)?",
             "What do I (do|like|enjoy) in my free time?",

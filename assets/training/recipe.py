@@ -21,6 +21,8 @@ class Phase:
     copy_share: float
     user_weight: float
     batch_tokens: int
+    schedule_tokens: int = 0
+    """Where the learning rate would end, if the phase is cut short before that."""
 
 
 PHASES = (
@@ -52,8 +54,21 @@ PHASES = (
         name="polish",
         corpus="46d10496bb63f5a9",
         seed=303,
-        tokens=7_000_000,
+        tokens=2_100_000,
         peak_rate=2.0e-3,
+        warmup_steps=1,
+        decay_from=0.0,
+        schedule_tokens=7_000_000,
+        copy_share=0.03,
+        user_weight=0.05,
+        batch_tokens=2048,
+    ),
+    Phase(
+        name="final",
+        corpus="f25c44add72429fb",
+        seed=404,
+        tokens=4_400_000,
+        peak_rate=1.5e-3,
         warmup_steps=1,
         decay_from=0.0,
         copy_share=0.03,

@@ -11,7 +11,7 @@ _COLORS = tuple(color for color in COLORS if color != "orange")
 _OPENINGS = (
     "Once upon a time a {animal} named {name} lived near the {place}.",
     "There once was a {animal} called {name}, who lived by the {place}.",
-    "{name} was a small {animal} and lived close to the {place}.",
+    "This is the story of {name}, a small {animal} near the {place}.",
     "Near the {place} lived a young {animal}. Its name was {name}.",
 )
 _EVENTS = (

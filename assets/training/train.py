@@ -107,7 +107,7 @@ class Run:
                 phase.user_weight,
                 phase.copy_share,
             ):
-                progress = min(1.0, self.tokens / phase.tokens)
+                progress = min(1.0, self.tokens / (phase.schedule_tokens or phase.tokens))
                 rate = learning_rate(
                     progress, self.step, phase.warmup_steps, phase.peak_rate, phase.decay_from
                 )
