@@ -202,8 +202,8 @@ def enter(page: Page, app: RunningApp, hash: str = "") -> None:
 
 
 def ready(page: Page) -> None:
-    expect(page.locator("#box textarea")).to_be_visible(timeout=20_000)
-    expect(page.locator("body[data-engine=ready]")).to_have_count(1, timeout=20_000)
+    expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+    expect(page.locator("body[data-engine=ready]")).to_have_count(1, timeout=60_000)
 
 
 def write_models(data_dir: Path) -> None:
