@@ -7,14 +7,13 @@ pump only forwards chunks into the inbox, the job alone owns the text.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import queue
 import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from app.database import HistoryError
@@ -53,7 +52,11 @@ class LiveAnswer:
 
 
 class Answer:
-    """Owns one answer from its start to its last save. `version` belongs to whoever made it."""
+    """Owns one answer from its start to its last save.
+
+    Every change goes out whole through `publish`; `live` is what was made of it, and belongs to
+    the lock of whoever made this.
+    """
 
     def __init__(
         self,
@@ -62,41 +65,25 @@ class Answer:
         message_id: int,
         settled: list[StoredMessage],
         open_stream: Callable[[], Iterator[GenerationChunk]],
-        on_change: Callable[[], None],
+        publish: Callable[[LiveAnswer], None],
         on_end: Callable[[], None],
     ) -> None:
         self.message_id = message_id
         self.settled = settled
-        self.version = 0
+        self.live = LiveAnswer(message_id, "", "", "waiting", time.time(), 0)
         self._history = history
-        self._on_change = on_change
+        self._publish = publish
         self._on_end = on_end
         self._inbox: queue.SimpleQueue[GenerationChunk | PreScopeError | _Signal] = (
             queue.SimpleQueue()
         )
         self._pump = _Pump(open_stream, self._inbox)
-        self._text = ""
-        self._reasoning = ""
-        self._state: LiveState = "waiting"
-        self._notice = ""
-        self._started_s = time.time()
+        self._now = self.live
         self._job = threading.Thread(target=self._run, name=f"answer-{message_id}", daemon=True)
 
     def start(self) -> None:
         """Begin; returns at once."""
         self._job.start()
-
-    def live(self) -> LiveAnswer:
-        """Return the answer as it is now; any thread."""
-        return LiveAnswer(
-            self.message_id,
-            self._reasoning,
-            self._text,
-            self._state,
-            self._started_s,
-            self.version,
-            self._notice,
-        )
 
     def stop(self) -> None:
         """End soon and keep the text as stopped."""
@@ -145,7 +132,7 @@ class Answer:
                 self._append(item)
                 dirty = True
             elif isinstance(item, Finished):
-                stats = {**dataclasses.asdict(item.stats), "finish_reason": item.reason}
+                stats = {**asdict(item.stats), "finish_reason": item.reason}
                 state = "stopped" if stop_s < float("inf") else _STATES[item.reason]
                 error = "The engine could not finish this answer." if state == "failed" else ""
                 return state, stats, error
@@ -166,25 +153,27 @@ class Answer:
                 return "failed", {}, "The engine ended this answer without saying why."
 
     def _append(self, delta: Delta) -> None:
+        now = self._now
         if delta.kind == "reasoning":
-            self._reasoning += delta.text
-            self._state = "reasoning"
+            self._tell(replace(now, reasoning=now.reasoning + delta.text, state="reasoning"))
         else:
-            self._text += delta.text
-            self._state = "answering"
-        self._on_change()
+            self._tell(replace(now, text=now.text + delta.text, state="answering"))
+
+    def _tell(self, now: LiveAnswer) -> None:
+        self._now = now
+        self._publish(now)
 
     def _save(self, state: MessageState, stats: dict[str, Any], error: str) -> bool:
+        now = self._now
         try:
-            self._history.save_answer(
-                self.message_id, self._text, self._reasoning, state, stats, error
-            )
+            self._history.save_answer(self.message_id, now.text, now.reasoning, state, stats, error)
         except HistoryError as failure:
             _log.warning("answer %d is not saved: %s", self.message_id, failure.message)
-            self._notice = f"Not saved yet: {failure.message} {failure.next_step}"
-            self._on_change()
+            notice = f"Not saved yet: {failure.message} {failure.next_step}"
+            self._tell(replace(now, notice=notice))
             return False
-        self._notice = ""
+        if now.notice:
+            self._tell(replace(now, notice=""))
         return True
 
     def _may_try_again(self) -> bool:

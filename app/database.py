@@ -75,12 +75,15 @@ def open_database(
         raise _unavailable(path, error) from error
     except sqlite3.DatabaseError as error:
         kept = _move_aside(path)
-        notices.append(
-            f"The file of chats was damaged ({error}). It was kept as {kept}; "
-            "a new one was started."
-        )
+        damage = str(error)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    return _open_sound(path, migrations), notices
+    db = _open_sound(path, migrations)
+    saved = _salvage(kept, db)
+    notices.append(
+        f"The file of chats was damaged ({damage}). It was kept as {kept}; a new one was started"
+        f" with the {saved} messages that could still be read."
+    )
+    return db, notices
 
 
 def search_available(db: sqlite3.Connection) -> bool:
@@ -166,6 +169,51 @@ def _unavailable(path: Path, error: sqlite3.Error) -> HistoryError:
         f"The chats in {path} cannot be opened: {error}.",
         "Check that the disk is not full and that the folder can be written.",
     )
+
+
+def _salvage(kept: Path, db: sqlite3.Connection) -> int:
+    """Copy what a damaged file still tells into a new one; return the number of messages."""
+    has_log = kept.with_name(kept.name + "-wal").exists()
+    how = "mode=ro" if has_log else "mode=ro&immutable=1"
+    try:
+        old = sqlite3.connect(f"{kept.absolute().as_uri()}?{how}", uri=True, timeout=0.0)
+    except sqlite3.Error:
+        return 0
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("PRAGMA defer_foreign_keys = ON")
+        for table, key in (("conversations", "id"), ("messages", "id")):
+            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+            names = ", ".join(columns)
+            # A bad page ends a scan, so the far side of it is read from the other end.
+            for order in ("ASC", "DESC"):
+                _copy_rows(
+                    old,
+                    f"SELECT {names} FROM {table} ORDER BY {key} {order}",
+                    db,
+                    f"INSERT OR IGNORE INTO {table} ({names})"
+                    f" VALUES ({', '.join('?' * len(columns))})",
+                )
+        db.execute(
+            "INSERT INTO conversations SELECT DISTINCT conversation_id, 'Recovered chat',"
+            " created_s, created_s FROM messages WHERE conversation_id NOT IN"
+            " (SELECT id FROM conversations) GROUP BY conversation_id"
+        )
+        saved = int(db.execute("SELECT count(*) FROM messages").fetchone()[0])
+        db.execute("COMMIT")
+    finally:
+        old.close()
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    return saved
+
+
+def _copy_rows(old: sqlite3.Connection, select: str, db: sqlite3.Connection, insert: str) -> None:
+    """Copy rows until the first one that cannot be read; one that does not fit is left out."""
+    with contextlib.suppress(sqlite3.DatabaseError, OverflowError, UnicodeDecodeError):
+        for row in old.execute(select):
+            with contextlib.suppress(sqlite3.IntegrityError):
+                db.execute(insert, row)
 
 
 def _move_aside(path: Path) -> Path:

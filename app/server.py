@@ -64,6 +64,7 @@ class AppServer:
         self.token = secrets.token_urlsafe(32)
         self.settings = SettingsStore(data_dir)
         self.history = History(data_dir / "chats")
+        (data_dir / RUN_FILE).unlink(missing_ok=True)  # of an app that was killed
         with contextlib.ExitStack() as undo:
             undo.callback(self.history.close)
             self.engine = engine = make_engine(data_dir)

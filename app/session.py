@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.answer import Answer, LiveAnswer
 from app.history import UNTITLED, ConversationSummary, History, StoredMessage
@@ -143,7 +143,7 @@ class ChatSessions:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while (answer := self._answers.get(id)) is not None and answer.version == version:
+            while (answer := self._answers.get(id)) is not None and answer.live.version == version:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
@@ -176,19 +176,19 @@ class ChatSessions:
             message_id=answer_id,
             settled=settled,
             open_stream=lambda: self._engine.generate(id, prompt, settings.sampling),
-            on_change=lambda: self._bump(id, answer_id),
+            publish=lambda now: self._publish(id, now),
             on_end=lambda: self._end(id, answer_id),
         )
-        answer.version = next(self._versions)
         self._answers[id] = answer
-        self._changed.notify_all()
+        self._publish(id, answer.live)
         answer.start()
 
-    def _bump(self, id: str, answer_id: int) -> None:
+    def _publish(self, id: str, now: LiveAnswer) -> None:
+        """Let every page that waits see `now`, under a version of its own."""
         with self._changed:
             answer = self._answers.get(id)
-            if answer is not None and answer.message_id == answer_id:
-                answer.version = next(self._versions)
+            if answer is not None and answer.message_id == now.message_id:
+                answer.live = replace(now, version=next(self._versions))
                 self._changed.notify_all()
 
     def _end(self, id: str, answer_id: int) -> None:
@@ -203,7 +203,7 @@ class ChatSessions:
         answer = self._answers.get(id)
         if answer is None:
             return ConversationView(id, title, self._history.messages(id))
-        return ConversationView(id, title, answer.settled, answer.live())
+        return ConversationView(id, title, answer.settled, answer.live)
 
 
 def _check(text: str) -> None:

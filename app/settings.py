@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,7 +260,20 @@ def write_private(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        _move(Path(name), path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _move(new: Path, path: Path) -> None:
+    """Put `new` in place of `path`; on Windows a virus scanner may hold either for a moment."""
+    for attempts_left in reversed(range(20)):
+        try:
+            os.replace(new, path)
+        except PermissionError:
+            if os.name != "nt" or not attempts_left:
+                raise
+            time.sleep(0.1)
+        else:
+            return

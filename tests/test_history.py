@@ -313,6 +313,32 @@ def test_a_damaged_file_is_moved_aside_whole(tmp_path: Path, damage: str) -> Non
     assert reopened(tmp_path).title(chat) == "fresh"
 
 
+def test_what_a_damaged_file_still_tells_is_saved(tmp_path: Path) -> None:
+    """One page in the middle is overwritten: the turns before and after it come back."""
+    history = History(tmp_path)
+    chats = [history.create(f"chat {number}") for number in range(30)]
+    for chat in chats:
+        _, answer = history.ask(chat, "question " + "long " * 400)
+        history.save_answer(answer, "answer " + "long " * 400, state="complete")
+    history.close()
+    path = tmp_path / FILE_NAME
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"answer long", len(content) // 3) // 4096 * 4096
+    content[middle : middle + 4096] = b"\xa5" * 4096
+    path.write_bytes(content)
+    history = History(tmp_path)
+    saved = sum(len(history.messages(chat)) for chat in chats)
+    assert 30 <= saved < 60
+    assert f"{saved} messages" in history.notices[0]
+    assert {chat.title for chat in history.conversations()} == {f"chat {n}" for n in range(30)}
+    assert len(history.messages(chats[0])) == len(history.messages(chats[-1])) == 2
+    found = history.conversations("question")
+    assert len(found) >= 15
+    history.close()
+    assert query(tmp_path, "PRAGMA integrity_check") == [("ok",)]
+    assert query(tmp_path, "PRAGMA foreign_key_check") == []
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_deleted_text_is_in_no_file(tmp_path: Path, indexed: bool) -> None:
     history = History(tmp_path, use_search_index=indexed)

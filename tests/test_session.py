@@ -304,6 +304,33 @@ def test_a_chat_that_answers_takes_no_second_question(
     assert len(rig.settled(chat)) == 2
 
 
+def test_of_many_tabs_that_send_at_once_one_is_answered(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    chat = rig.sessions.create()
+    together = threading.Barrier(8)
+    outcomes: list[str] = []
+
+    def send(number: int) -> None:
+        together.wait(SOON_S)
+        try:
+            rig.sessions.send(chat, f"from tab {number}")
+        except BusyError:
+            outcomes.append("busy")
+        else:
+            outcomes.append("sent")
+
+    tabs = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    assert sorted(outcomes) == ["busy"] * 7 + ["sent"]
+    engine.stream(chat, 1).finish()
+    assert len(rig.settled(chat)) == 2
+
+
 def test_two_chats_answer_at_the_same_time(stepped: tuple[Rig, SteppedEngine]) -> None:
     rig, engine = stepped
     one, two = rig.sessions.send(None, "one"), rig.sessions.send(None, "two")
