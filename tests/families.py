@@ -79,6 +79,13 @@ def tiny(model_type: str, **extra: Any) -> Any:
     return kind(**sizes | extra)
 
 
+def tiny_wrapper(model_type: str, **parts: dict[str, Any]) -> Any:
+    """Return a small configuration of a family that keeps a text model inside."""
+    kind = CONFIG_MAPPING[model_type]
+    inner = {name: tiny(sub.model_type, **parts[name]) for name, sub in kind.sub_configs.items()}
+    return kind(**{name: config.to_dict() for name, config in inner.items()})
+
+
 def _family(model_type: str, **extra: Any) -> Callable[[], Any]:
     return lambda: tiny(model_type, **extra)
 
@@ -147,6 +154,18 @@ MORE_FAMILIES: dict[str, Callable[[], Any]] = {
         )
     },
     "beam": _family("beam", **_SPARSE),
+    "ernie4_5_vl_moe": lambda: tiny_wrapper(
+        "ernie4_5_vl_moe",
+        text_config={
+            "moe_intermediate_size": [24, 16],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            },
+        },
+        vision_config={"depth": 1, "num_heads": 2, "spatial_merge_size": 2},
+    ),
     "flint": _family("flint", mlp_only_layers=[]),
     "gemma4_text": _family("gemma4_text", enable_moe_block=True, vocab_size_per_layer_input=VOCAB),
     "granitemoehybrid": _family(

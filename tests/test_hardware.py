@@ -105,11 +105,9 @@ def test_what_is_believed_is_always_plausible(a: int, b: int, c: int, d: int) ->
 
 def test_a_probe_that_hangs_is_left_behind() -> None:
     release = threading.Event()
-    began_s = time.monotonic()
-    assert within(0.05, lambda: release.wait(30)) is None
-    assert time.monotonic() - began_s < 5
+    assert within(0.05, release.wait) is None  # It would wait for ever.
     release.set()
-    assert within(5, lambda: 7) == 7
+    assert within(60, lambda: 7) == 7
 
 
 def test_a_hanging_nvml_costs_its_limit_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,15 @@ from tests.families import FAMILIES, MORE_FAMILIES, make_checkpoint
 def check_family(family: str, folder: Path) -> None:
     """Assert that a stripped model gives the very logits of the stock one."""
     make_checkpoint(family, folder)
-    expected = logits(load_reference(folder, (FAMILIES | MORE_FAMILIES)[family]()))
+    reference = load_reference(folder, (FAMILIES | MORE_FAMILIES)[family]())
+    expected = logits(reference)
     loaded = load(folder)
+    for layer in loaded.layers:
+        weights = reference.get_submodule(layer.name)
+        for expert in range(layer.experts):
+            raw = loaded.store.bytes_of(ExpertId(layer.index, expert))
+            for name, part in views(raw, layer.format).items():
+                assert torch.equal(part, getattr(weights, name)[expert])
     attach_plain_runner(loaded.layers, loaded.store)
     actual = logits(loaded.model)
     assert all(torch.isfinite(step).all() and step.std() > 0.03 for step in expected)
@@ -184,11 +190,9 @@ def test_cancelling_stops_a_load_at_once_and_leaves_nothing(after: int, tmp_path
         asked[0] += 1
         return asked[0] > after
 
-    began_s = time.monotonic()
     with pytest.raises(CancelledError):
         load(tmp_path, cancelled=cancelled)
-    assert time.monotonic() - began_s < 2
-    assert asked[0] <= after + 1 + 4  # Four loader threads may ask once more each.
+    assert asked[0] == after + 1  # Nothing was begun after the first yes.
     assert modeling_qwen3_moe.Qwen3MoeExperts.__module__ == modeling_qwen3_moe.__name__
     assert load(tmp_path).store.ram_bytes > 0
 
