@@ -273,6 +273,29 @@ def live_event(record: dict[str, Any]) -> bytes:
         return first_event(link)
 
 
+@pytest.mark.parametrize("kept_by_launcher", [True, False])
+def test_every_line_is_logged_once_whoever_keeps_the_file(
+    tmp_path: Path, kept_by_launcher: bool
+) -> None:
+    """A launcher may have opened the log as our standard error; then it is not rotated here."""
+    path = tmp_path / "app.log"
+    code = (
+        "import logging, pathlib, sys; from app.environment import log_to;"
+        " log_to(pathlib.Path(sys.argv[1])); logging.getLogger('x').info('one line');"
+        " print([type(h).__name__ for h in logging.getLogger().handlers])"
+    )
+    with path.open("ab") if kept_by_launcher else open(os.devnull, "wb") as errors:
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            check=True,
+        )
+    assert path.read_text().count("one line") == 1
+    assert (b"Rotating" in said.stdout) == (not kept_by_launcher)
+
+
 @pytest.mark.parametrize("port", [-1, 70000])
 def test_a_port_that_is_none_is_refused(port: int) -> None:
     with pytest.raises(ConfigError, match="not a port"):
