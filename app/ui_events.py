@@ -18,7 +18,8 @@ from app.ui_rows import SHOWN_TURNS, list_rows, live_rows, settled_rows, turn_at
 from app.ui_text import plain
 from runtime.errors import PreScopeError
 
-PULL_WAIT_S = 0.12
+PULL_WAIT_S = 0.3
+NOTHING = ConversationView("", "", [])
 Updates = dict[Any, Any]
 
 
@@ -36,15 +37,13 @@ class ChatEvents:
 
     def restored(self, conv: str, query: str) -> Updates:
         """Show a conversation; one that is gone gives a new, empty chat."""
-        view = self._sessions.view(conv) if conv else ConversationView("", "", [])
-        gone = bool(conv) and not view.title and not view.messages
-        if gone:
-            view = ConversationView("", "", [])
-        return self._shown(view, gone=gone) | self._list(query)
+        view = self._sessions.view(conv) if conv else NOTHING
+        gone = bool(conv) and _is_gone(view)
+        return self._shown(NOTHING if gone else view, gone=gone) | self._list(query)
 
     def blank(self, query: str) -> Updates:
         """Start a new chat; it is stored with its first message."""
-        return self._shown(ConversationView("", "", []), gone=True) | self._list(query)
+        return self._shown(NOTHING, gone=True) | self._list(query)
 
     def sent(self, text: str, conv: str, query: str) -> Updates:
         """Store the message and start its answer."""
@@ -92,6 +91,8 @@ class ChatEvents:
         version = event.version if isinstance(event.version, int) else -1
         view = self._sessions.wait(conv, version, PULL_WAIT_S)
         if view.live is None:
+            if _is_gone(view):
+                return self.blank(query)
             shown = self._shown(view, pulled=True, changed=True, shown=_shown_of(earlier))
             return shown | self._list(query)
         updates: Updates = {self._parts.pulse: self._pulse(view, pulled=True)}
@@ -105,13 +106,15 @@ class ChatEvents:
 
     def renamed(self, conv: str, query: str, event: gr.EventData) -> Updates:
         """Change a title."""
-        return self._changed(lambda: self._sessions.rename(event.id, str(event.title)), conv, query)
+        return self._changed(
+            lambda: self._sessions.rename(event.id, str(event.title)), conv, query, event.id
+        )
 
     def deleted(self, conv: str, query: str, event: gr.EventData) -> Updates:
         """Remove a chat for good; if it is the open one, a new chat takes its place."""
-        updates = self._changed(lambda: self._sessions.delete(event.id), conv, query)
+        updates = self._changed(lambda: self._sessions.delete(event.id), conv, query, event.id)
         if event.id == conv and self._parts.status not in updates:
-            updates |= self._shown(ConversationView("", "", []), gone=True, changed=True)
+            updates |= self._shown(NOTHING, gone=True, changed=True, about=event.id)
         return updates
 
     def grown(self, conv: str, earlier: Any) -> Updates:
@@ -132,16 +135,16 @@ class ChatEvents:
             shown[self._parts.box] = gr.update(value="", submit_btn=False, stop_btn=True)
         return shown | self._list(query) | {self._parts.status: None}
 
-    def _changed(self, change: Callable[[], None], conv: str, query: str) -> Updates:
+    def _changed(self, change: Callable[[], None], conv: str, query: str, about: str) -> Updates:
         try:
             change()
         except PreScopeError as error:
             return {self._parts.status: self.note(error)}
-        view = self._sessions.view(conv) if conv else ConversationView("", "", [])
-        pulse = self._pulse(view, changed=True)
+        view = self._sessions.view(conv) if conv else NOTHING
+        pulse = self._pulse(view, changed=True, about=about)
         return self._list(query) | {self._parts.pulse: pulse}
 
-    def _shown(self, view: ConversationView, shown: int = SHOWN_TURNS, **marks: bool) -> Updates:
+    def _shown(self, view: ConversationView, shown: int = SHOWN_TURNS, **marks: Any) -> Updates:
         parts = self._parts
         running = view.live is not None
         hidden = max(0, len(view.messages) - shown)
@@ -158,7 +161,7 @@ class ChatEvents:
         messages = self._sessions.view(conv).messages
         return messages[max(0, len(messages) - _shown_of(earlier)) :]
 
-    def _pulse(self, view: ConversationView, **marks: bool) -> dict[str, Any]:
+    def _pulse(self, view: ConversationView, **marks: Any) -> dict[str, Any]:
         live = view.live
         return {
             "conv": view.id,
@@ -174,6 +177,11 @@ class ChatEvents:
     def note(self, error: PreScopeError) -> dict[str, Any]:
         """Return the value of the status part that shows an error."""
         return {"text": error.message, "next": error.next_step, "n": next(self._count)}
+
+
+def _is_gone(view: ConversationView) -> bool:
+    """Tell whether the chat was deleted; one that exists has a title."""
+    return not view.title and not view.messages and view.live is None
 
 
 def _shown_of(earlier: Any) -> int:

@@ -32,7 +32,7 @@ PreScope.pulse = (element, props, trigger, watch) => {
     if (now.created) PreScope.setConversation(now.conv, true);
     else if (now.gone) PreScope.setConversation("", true);
     else if (now.pulled && now.conv !== here) { PreScope.open(here); return; }
-    if (now.changed) PreScope.announce(now.conv);
+    if (now.changed) PreScope.announce(now.about || now.conv);
     document.body.classList.toggle("ps-live", now.live);
     if (!now.pulled && now.live) PreScope.follow();
     if (was.live && !now.live) document.querySelector("#box textarea")?.focus({ preventScroll: true });
@@ -69,6 +69,24 @@ PreScope.pulse = (element, props, trigger, watch) => {
     const ask = e.target.closest?.("[data-ask]");
     if (ask) PreScope.ask?.(ask.dataset.ask);
   }, true);
+
+  /* ---- a draft outlives a reload of its tab ---- */
+  const DRAFT = "ps-draft";
+  addEventListener("pagehide", () => {
+    const text = $("#box textarea")?.value || "";
+    if (text) sessionStorage.setItem(DRAFT, text);
+    else sessionStorage.removeItem(DRAFT);
+  });
+  const restore = () => {
+    const box = $("#box textarea");
+    if (!box) { setTimeout(restore, 60); return; }
+    const text = sessionStorage.getItem(DRAFT);
+    sessionStorage.removeItem(DRAFT);
+    if (!text || box.value) return;
+    box.value = text;
+    box.dispatchEvent(new InputEvent("input", { bubbles: true }));
+  };
+  PreScope.ready(restore);
 
   /* ---- keyboard ---- */
   const stop = () => {
@@ -141,6 +159,10 @@ PreScope.pulse = (element, props, trigger, watch) => {
     if (send) { label(send, "Send"); send.title = "Send (Enter)"; }
     if (halt) { label(halt, "Stop"); halt.title = "Stop (Esc)"; }
     for (const b of document.querySelectorAll("#scroll .copy_code_button")) label(b, "Copy code");
+    const log = $("#live [role=log]");          /* read out once it is whole, not ten times a second */
+    if (log && log.getAttribute("aria-live") !== "off") log.setAttribute("aria-live", "off");
+    const drawer = $("#drawer");
+    if (drawer && !drawer.hasAttribute("role")) { drawer.setAttribute("role", "dialog"); label(drawer, "Settings"); }
   };
   let due = 0;
   PreScope.ready(() => {

@@ -91,6 +91,11 @@ window.PreScope = (() => {
   /* ---- drawers ---- */
   const NARROW = matchMedia("(max-width: 1099.5px)");
   const body = () => document.body.classList;
+  const focusSoon = (selector, tries = 10) => {     /* what is still sliding in cannot take it yet */
+    const el = document.querySelector(selector);
+    el?.focus();
+    if (el && document.activeElement !== el && tries) setTimeout(focusSoon, 50, selector, tries - 1);
+  };
   const toggle = (what, state) => {
     const name = { side: "ps-side", right: "ps-right", settings: "ps-settings" }[what];
     if (what === "right" && !NARROW.matches) {
@@ -104,15 +109,20 @@ window.PreScope = (() => {
       }
     }
     if (what === "settings" && body().contains(name)) {
-      setTimeout(() => document.querySelector("#drawer .ps-close")?.focus(), 60);
+      focusSoon("#drawer .ps-close");
     }
     syncToggles();
+    if (what === "settings" && !body().contains(name)) {
+      document.querySelector("#top [data-toggle=settings]")?.focus();
+    }
   };
   const isOpen = (what) =>
     what === "right" && !NARROW.matches
       ? !body().contains("ps-right-closed")
       : body().contains({ side: "ps-side", right: "ps-right", settings: "ps-settings" }[what]);
   const syncToggles = () => {
+    const shell = document.querySelector("#shell");
+    if (shell) shell.inert = body().contains("ps-settings");
     for (const b of document.querySelectorAll("[data-toggle]")) {
       b.setAttribute("aria-expanded", String(isOpen(b.dataset.toggle)));
     }
@@ -120,8 +130,8 @@ window.PreScope = (() => {
   const closeDrawers = () => {
     const any = ["ps-side", "ps-right", "ps-settings"].filter((c) => body().contains(c));
     body().remove(...any);
-    if (any.includes("ps-settings")) document.querySelector("[data-toggle=settings]")?.focus();
     syncToggles();
+    if (any.includes("ps-settings")) document.querySelector("#top [data-toggle=settings]")?.focus();
     return any.length > 0;
   };
   ready(() => {

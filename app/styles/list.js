@@ -40,13 +40,18 @@ PreScope.list = (element, props, trigger, watch) => {
 
   const mark = () => {
     const id = PreScope.conversation();
+    let title = "PreScope";
     for (const li of nav.querySelectorAll("li")) {
       const active = li.dataset.id === id;
       li.classList.toggle("on", active);
       const go = li.querySelector(".go");
-      if (active) go?.setAttribute("aria-current", "true");
+      if (active) {
+        go?.setAttribute("aria-current", "true");
+        title = `${go?.textContent || ""} · PreScope`;
+      }
       else go?.removeAttribute("aria-current");
     }
+    document.title = title;
   };
   /* An answer to an older search may come in last: ask again until list and search agree. */
   const agree = () => {

@@ -106,6 +106,7 @@ PreScope.panel = (element) => {
     /* Between answers the figures of the last one stay, dimmed. */
     const uses = s.served.reduce((a, b) => a + b, 0);
     root.classList.toggle("idle", !s.generating);
+    at.was.hidden = s.generating || at.tps.textContent === "–";
     if (s.tokens_per_s > 0) text(at.tps, fixed(s.tokens_per_s, s.tokens_per_s < 100 ? 1 : 0));
     if (s.ttft_s > 0) {
       const [ttft, unit] = seconds(s.ttft_s);
