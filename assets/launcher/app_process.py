@@ -64,7 +64,8 @@ class AppProcess:
             if status is not None:
                 raise AppFault(
                     f"The app stopped while starting (exit status {status}): {self._last_words()}",
-                    f"The whole story is in {self._places.app_log}; retry, or report it.",
+                    f"The whole story is in {self._places.app_log}. If a package is broken, "
+                    "`launcher.py --reinstall` makes everything new.",
                 )
             app = read_app(self._places)
             if app is not None and app.is_healthy():

@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 
 from assets.launcher.children import Children, clean_environ
-from assets.launcher.environment import Environment
+from assets.launcher.environment import Environment, mark_stale
 from assets.launcher.faults import Fault, Stopped, from_os_error
 from assets.launcher.install import Installer
+from assets.launcher.instance import FileLock
 from assets.launcher.places import ROOT, Places, data_folder
 from assets.launcher.report import Report
+from assets.launcher.workshop import Workshop
 
 RUNTIME_COMMANDS = {
     "probe": "measure this computer",
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         places = Places(data_folder(options.data_dir))
         places.prepare()
+        if options.reinstall:
+            mark_stale(places)
         if command is None:
             # Imported here: commands for scripts should not pay for the page's modules.
             from assets.launcher.session import Wishes, run_app
@@ -107,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--port", type=port_number, metavar="N", help="the app's port, if it is free")
     made.add_argument("--no-browser", action="store_true", help="only print the address")
+    made.add_argument(
+        "--reinstall", action="store_true", help="choose and install every package again first"
+    )
     made.add_argument("--yes", action="store_true", help="agree to downloads above 1 GB")
     return made
 
@@ -127,15 +134,15 @@ def run_command(command: str, rest: list[str], places: Places, assume_yes: bool)
             print(made)
         return 0
     report = Report(sys.stderr, places.launcher_log, assume_yes)
-    installer = Installer(places, report, Children())
-    ready = installer.ensure()
+    installer = Installer(Workshop(places, report, Children()))
+    ready, used = installer.enter()
     environ = clean_environ(os.environ, places.data)
     if command == "python":
-        return become(ready, rest, environ)
+        return become(ready, used, rest, environ)
     if command == "test":
         installer.ensure_test_tools(ready)
         os.chdir(ROOT)
-        return become(ready, ["-m", "assets.launcher.checks", *rest], environ)
+        return become(ready, used, ["-m", "assets.launcher.checks", *rest], environ)
     if command == "timing":
         from assets.launcher.timing import measure
 
@@ -145,17 +152,17 @@ def run_command(command: str, rest: list[str], places: Places, assume_yes: bool)
     # what lies there must not be imported in place of ours.
     environ["PYTHONPATH"] = str(ROOT)
     environ["PYTHONSAFEPATH"] = "1"
-    return become(ready, ["-m", "runtime", command, *rest], environ)
+    return become(ready, used, ["-m", "runtime", command, *rest], environ)
 
 
-def become(ready: Environment, arguments: list[str], environ: dict[str, str]) -> int:
+def become(
+    ready: Environment, used: FileLock, arguments: list[str], environ: dict[str, str]
+) -> int:
     """Turns this process into the environment's Python: its status, its signals, its terminal.
 
     Windows cannot, so there a child does the work and the launcher passes its status on.
     """
     command = [str(ready.python), *arguments]
-    used = ready.in_use()
-    used.acquire(shared=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name != "nt":

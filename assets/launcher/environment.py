@@ -12,7 +12,6 @@ when nothing runs in it any more.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -20,21 +19,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from assets.launcher.instance import FileLock
-from assets.launcher.places import ROOT, Places, quietly, read_json, replace
+from assets.launcher.places import ROOT, Places, quietly, read_json, write_private_json
 
 LOCK_FOLDER = ROOT / "assets" / "lock"
 LOCK_FILES = ("pip.txt", "requirements.txt", "torch.txt")
 SCHEMA = 1
 
 
-def wanted_key(build_name: str, lock_folder: Path = LOCK_FOLDER) -> str:
-    """Changes whenever the environment has to: the lock, the Python, the machine, the build."""
+def wanted_key(wanted: str, lock_folder: Path = LOCK_FOLDER, generation: int = 0) -> str:
+    """Changes whenever the environment has to: the lock, the Python, the machine, the build. The
+    generation counts how often the same was asked for again."""
     digest = hashlib.sha256()
     for name in LOCK_FILES:
         digest.update((lock_folder / name).read_bytes())
-    for part in (sys.version, sys.platform, platform.machine(), build_name, str(SCHEMA)):
+    about = (sys.version, sys.platform, platform.machine(), wanted, str(SCHEMA), str(generation))
+    for part in about:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
@@ -65,37 +67,48 @@ def environment_for(places: Places, key: str) -> Environment:
     return Environment(places.data / f"env-{key[:8]}")
 
 
-def current(places: Places, lock_folder: Path = LOCK_FOLDER) -> Environment | None:
+def current(
+    places: Places, lock_folder: Path = LOCK_FOLDER, even_if_stale: bool = False
+) -> Environment | None:
     """The environment to run in, if it is the one that today's lock and Python ask for.
 
-    The build of torch is the one chosen when it was made; `PRESCOPE_TORCH` may ask for another.
+    The build of torch is the one chosen when it was made; `PRESCOPE_TORCH` may ask for another. A
+    stale one would still do, but the person or the computer wants it made again.
     """
     record = read_json(places.current)
+    if record.get("stale") and not even_if_stale:
+        return None
     wanted = os.environ.get("PRESCOPE_TORCH", "").strip().lower() or record.get("wanted")
     if not isinstance(wanted, str) or wanted != record.get("wanted"):
         return None
-    if record.get("key") != wanted_key(wanted, lock_folder):
+    if record.get("key") != wanted_key(wanted, lock_folder, generation(record)):
         return None
     found = environment_for(places, record["key"])
     return found if found.python.exists() else None
 
 
-def switch(places: Places, key: str, wanted: str, verified: dict[str, object]) -> None:
-    """Puts a verified environment to use; a reader sees the old record or the new one."""
-    record = {"schema": SCHEMA, "key": key, "wanted": wanted, **verified}
-    beside = places.current.with_name("current.json.tmp")
-    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    replace(beside, places.current)
+def generation(record: dict[str, Any]) -> int:
+    number = record.get("generation", 0)
+    return number if isinstance(number, int) else 0
 
 
-def forget(places: Places) -> None:
+def next_generation(places: Places) -> int:
+    """For the environment about to be built: it must not be the folder of a stale one."""
+    record = read_json(places.current)
+    return generation(record) + (1 if record.get("stale") else 0)
+
+
+def switch(places: Places, record: dict[str, Any]) -> None:
+    """Puts a verified environment to use; a reader sees the old record or the new one. The record
+    has at least `key`, `wanted` and `generation`."""
+    write_private_json(places.current, {"schema": SCHEMA, **record})
+
+
+def mark_stale(places: Places) -> None:
     """The next start chooses and builds again, beside the environment in use."""
     record = read_json(places.current)
     if record:
-        record["key"] = ""
-        beside = places.current.with_name("current.json.tmp")
-        beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        replace(beside, places.current)
+        write_private_json(places.current, {**record, "stale": True})
 
 
 def remove_others(places: Places, keep: Environment, say: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from assets.launcher.instance import FileLock, clear_stale, other_instance
 from assets.launcher.places import Places, quietly, read_json, write_private_json
 from assets.launcher.progress_page import ProgressPage
 from assets.launcher.report import Report
+from assets.launcher.workshop import Workshop
 
 WATCH_EVERY_S = 0.5
 # By then the tab has turned into the app: browsers let hidden tabs ask only once a minute.
@@ -75,7 +76,7 @@ class Session:
         self._began = began
         self._report = Report(sys.stdout, places.launcher_log, wishes.assume_yes)
         self._children = Children()
-        self._installer = Installer(places, self._report, self._children)
+        self._installer = Installer(Workshop(places, self._report, self._children))
         self._closing = Closing(self._stop_work)
         self._page = ProgressPage(self._report)
         self._app: AppProcess | None = None
@@ -126,9 +127,7 @@ class Session:
     def _attempt(self) -> bool:
         """Whether this is the end of it; False asks for another attempt."""
         try:
-            ready = self._installer.ensure()
-            used = ready.in_use()
-            used.acquire(shared=True)
+            ready, used = self._installer.enter()
             try:
                 self._run_in(ready)
             finally:
@@ -163,6 +162,7 @@ class Session:
         self._report.console(f"PreScope is at {running.url}")
         self._report.console("Close this window or press Ctrl-C to end it.")
         self._report.ready(running.url)
+        self._installer.tidy(ready)
         self._reconsider_build()
         self._watch_app(self._app)
 
@@ -183,11 +183,11 @@ class Session:
         """A card or a driver that came later gets its build of torch at the next start."""
         if os.environ.get("PRESCOPE_TORCH") or platform.system() == "Darwin":
             return
-        best = torch_build.suitable(gpu.probe(), platform.system())[0].name
-        chosen = read_json(self._places.current).get("wanted")
-        if best != chosen:
-            environment.forget(self._places)
+        suits = torch_build.suitable(gpu.probe(), platform.system())[0].name
+        at_install = read_json(self._places.current).get("suits", suits)
+        if suits != at_install:
+            environment.mark_stale(self._places)
             self._report.line(
-                f"This computer now suits torch for {best} (it has {chosen}); the next start "
-                "installs it."
+                f"This computer suited torch for {at_install} and now suits {suits}; the next "
+                "start installs that."
             )

@@ -66,7 +66,7 @@ def put_to_use(places: Places, key: str, wanted: str) -> Environment:
     made = environment.environment_for(places, key)
     made.python.parent.mkdir(parents=True)
     made.python.write_text("")
-    environment.switch(places, key, wanted, {})
+    environment.switch(places, {"key": key, "wanted": wanted, "generation": 0})
     return made
 
 
@@ -87,14 +87,19 @@ def test_the_environment_follows_the_lock_and_the_wish(
     assert environment.current(places, lock_folder) is None
 
 
-def test_a_forgotten_environment_is_chosen_anew_but_stays(
+def test_a_stale_environment_is_made_anew_beside_and_would_still_do(
     places: Places, lock_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PRESCOPE_TORCH", raising=False)
     made = put_to_use(places, environment.wanted_key("cpu", lock_folder), "cpu")
-    environment.forget(places)
+    environment.mark_stale(places)
     assert environment.current(places, lock_folder) is None
-    assert made.python.exists()
+    assert environment.current(places, lock_folder, even_if_stale=True) == made
+    again = environment.next_generation(places)
+    key = environment.wanted_key("cpu", lock_folder, again)
+    assert environment.environment_for(places, key) != made
+    environment.switch(places, {"key": key, "wanted": "cpu", "generation": again})
+    assert environment.next_generation(places) == again
 
 
 @pytest.mark.parametrize("record", ["", "null", '{"key": 1}', '{"key": "k", "wanted": 3}'])
@@ -198,6 +203,6 @@ def test_an_unreachable_index_is_not_mistaken_for_a_missing_wheel() -> None:
 
 
 def test_the_pointer_is_readable_json(places: Places) -> None:
-    environment.switch(places, "k", "cpu", {"torch": "2.13.0", "note": ""})
+    environment.switch(places, {"key": "k", "wanted": "cpu", "torch": "2.13.0"})
     record = json.loads(places.current.read_text())
-    assert record == {"schema": 1, "key": "k", "wanted": "cpu", "torch": "2.13.0", "note": ""}
+    assert record == {"schema": 1, "key": "k", "wanted": "cpu", "torch": "2.13.0"}

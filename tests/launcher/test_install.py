@@ -18,7 +18,11 @@ IN_FLIGHT_BYTES = 1_500_000
 VERIFY = "import json, torch\nprint(json.dumps({'torch': torch.__version__, 'device': 'cpu'}))\n"
 
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and links")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="POSIX signals and links"),
+    # Each test starts a dozen Pythons; on a busy machine that takes its time.
+    pytest.mark.timeout(300),
+]
 
 
 class Shop:
@@ -70,7 +74,7 @@ def shop(index: Index, tree: Tree) -> Shop:
     return Shop(index, tree)
 
 
-def test_from_nothing_then_an_update_beside_then_a_failed_one(shop: Shop, tree: Tree) -> None:
+def test_from_nothing_and_then_an_update_beside(shop: Shop, tree: Tree) -> None:
     assert shop.versions() == "1.0 1.0"
     first = shop.environments()
     assert shop.current()["torch"] == "1.0"
@@ -85,17 +89,28 @@ def test_from_nothing_then_an_update_beside_then_a_failed_one(shop: Shop, tree: 
     assert len(second) == 1
     assert second != first
 
+
+def test_an_update_that_fails_leaves_the_one_before_in_use(shop: Shop, tree: Tree) -> None:
+    assert shop.versions() == "1.0 1.0"
+    before, there = shop.current(), shop.environments()
     good_lock = (tree.lock_folder / "requirements.txt").read_text()
-    shop.offer("small", "3.0", "requirements.txt")
     verify = tree.root / "assets" / "launcher" / "verify.py"
     verify.write_text("raise SystemExit('torch computes wrong numbers on this processor')")
-    before = shop.current()
+
+    shop.offer("small", "2.0", "requirements.txt")
     failed = tree.run("python", "-c", "pass")
     assert failed.returncode == 1
     assert "wrong numbers" in failed.stderr
     assert shop.current() == before
     shop.write("requirements.txt", good_lock)
-    assert shop.versions() == "2.0 1.0", "the one before is whole and still in use"
+    assert shop.versions() == "1.0 1.0"
+
+    command = tree.command("python", "-c", "print('still here')")
+    command.insert(2, "--reinstall")
+    kept = tree.run_command(command)
+    assert kept.stdout == "still here\n"
+    assert "Going on with what was there before." in kept.stderr
+    assert set(there) <= set(shop.environments())
 
 
 def test_kill_9_while_torch_comes_and_again_while_it_is_unpacked(shop: Shop, tree: Tree) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from assets.launcher.environment import Environment, environment_for, wanted_key
 from assets.launcher.places import ROOT, Places
 
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 # Keeps the contract with the launcher: binds, writes app.json, answers, leaves at end of input.
 FAKE_APP = """
@@ -131,7 +131,7 @@ class Tree:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=WITHIN_S * 2,
+            timeout=WITHIN_S * 3,
             check=False,
         )
 
