@@ -18,12 +18,12 @@ PreScope.panel = (element) => {
   let linkState = "connecting";
   let device = "";
 
+  const count = (n) => n.toLocaleString("en-US");
   const text = (el, value) => { if (el.textContent !== value) el.textContent = value; };
   const bar = (el, share) => {
     const pct = Math.max(0, Math.min(100, Math.round(share * 100) || 0));
     el.firstElementChild.style.width = `${pct}%`;
     el.setAttribute("aria-valuenow", String(pct));
-    el.classList.toggle("full", pct >= 97);
   };
 
   /* ---- sparklines ---- */
@@ -156,9 +156,12 @@ PreScope.panel = (element) => {
     bar(at.vram, s.vram_used_bytes / s.vram_budget_bytes);
     text(at.vramtext, `${bytes(s.vram_used_bytes)} of ${bytes(s.vram_budget_bytes)}`);
     bar(at.ram, s.ram_used_bytes / s.ram_total_bytes);
+    at.ram.classList.toggle("full", s.ram_used_bytes > 0.95 * s.ram_total_bytes);
     text(at.ramtext, `${bytes(s.ram_used_bytes)} of ${bytes(s.ram_total_bytes)}`);
     const total = s.layers * s.experts;
-    text(at.slots, s.cache_slots ? `${s.cache_slots_used} of ${s.cache_slots} slots, ${total} experts` : `${total} experts`);
+    text(at.slots, s.cache_slots
+      ? `${count(s.cache_slots_used)} of ${count(s.cache_slots)} slots, ${count(total)} experts`
+      : `${count(total)} experts`);
 
     if (!last || s.sequence !== last.sequence) {
       for (const [key, v] of [["tps", s.generating ? s.tokens_per_s : 0], ["link", s.link_bytes_per_s]]) {
