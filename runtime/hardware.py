@@ -27,6 +27,7 @@ NVML_LIMIT_S = 5.0
 CUDA_LIMIT_S = 30.0
 _BLOCK_BYTES = 64 * MIB
 _EXPERT = (2048, 4096)
+_CPU_MEASURE_S = 0.2
 _T = TypeVar("_T")
 
 
@@ -193,20 +194,34 @@ def _cpu_bytes_per_s(copying_to: torch.device | None) -> float:
     weights = torch.ones((8, *_EXPERT), dtype=torch.bfloat16)
     x = torch.ones((1, _EXPERT[1]), dtype=torch.bfloat16)
     linear(x, weights[0])
-    if copying_to is not None:
-        host = torch.ones(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
-        target = torch.empty_like(host, device=copying_to)
-        for _ in range(100):  # Queued, so that the link is busy all the while.
-            target.copy_(host, non_blocking=True)
+    keep_copying = _endless_copies(copying_to) if copying_to is not None else None
     done_bytes, began_s = 0, time.perf_counter()
-    while time.perf_counter() - began_s < 0.2:
+    while time.perf_counter() - began_s < _CPU_MEASURE_S:
         for weight in weights:
+            if keep_copying is not None:
+                keep_copying()
             linear(x, weight)
         done_bytes += weights.nbytes
     rate = done_bytes / (time.perf_counter() - began_s)
     if copying_to is not None:
         torch.cuda.synchronize(copying_to)
     return rate
+
+
+def _endless_copies(device: torch.device) -> Callable[[], None]:
+    """Return what, called every few milliseconds, keeps the link busy."""
+    host = torch.ones(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=device)
+    half_way = torch.cuda.Event()
+
+    def keep_copying() -> None:
+        if half_way.query():
+            for block in range(4):
+                target.copy_(host, non_blocking=True)
+                if block == 1:
+                    half_way.record()
+
+    return keep_copying
 
 
 def _cpu_call_s() -> float:

@@ -129,7 +129,7 @@ def test_progress_covers_all_bytes_in_order(tmp_path: Path) -> None:
 
 
 _PEAK = """
-import resource, sys, time, torch
+import sys, torch
 from pathlib import Path
 from runtime.loader import load_model
 torch.set_num_threads(1)
@@ -138,7 +138,9 @@ def allocate(size):
     slabs.append(size)
     return torch.empty(size, dtype=torch.uint8)
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its figure starts from that of the parent process.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 load_model(Path(sys.argv[2]), torch_device=torch.device("cpu"), dtype=None,
            allocate_host=allocate, progress=print, cancelled=lambda: False)
 slabs.clear()
@@ -152,7 +154,7 @@ print("RESULT", peak() - before, sum(slabs), loaded.shape.dense_bytes)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="reads peak memory the POSIX way")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 def test_experts_are_never_in_memory_twice(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     make_checkpoint("qwen3_moe", small, "bfloat16")
@@ -178,7 +180,7 @@ def test_experts_are_never_in_memory_twice(tmp_path: Path) -> None:
     ).stdout
     grown, slabs, dense = map(int, out.rpartition("RESULT")[2].split())
     assert slabs > 280 * 2**20
-    assert grown < slabs + dense + 48 * 2**20
+    assert 0.9 * slabs < grown < slabs + dense + 48 * 2**20
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 20, 45])
