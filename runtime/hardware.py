@@ -212,7 +212,7 @@ def _endless_copies(device: torch.device) -> Callable[[], None]:
     """Return what, called every few milliseconds, keeps the link busy."""
     host = torch.ones(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=device)
-    half_way = torch.cuda.Event()
+    half_way: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def keep_copying() -> None:
         if half_way.query():
