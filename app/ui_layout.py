@@ -11,10 +11,10 @@ import gradio as gr
 from app.ui_theme import part
 
 QUESTIONS = (
-    "What does the heat map show?",
+    "What can you do?",
     "Why are experts kept in RAM?",
+    "What is prefetching?",
     "Tell me a story about a fox.",
-    "What is 37 + 48?",
 )
 _LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
