@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -165,9 +166,9 @@ class Installer:
             self._report.log_only(line)
             if line.startswith(("Collecting ", "Processing ", "Ignoring ")):
                 seen += 1
-                self._report.progress(seen, pins * 1.25, " ".join(line.split()[:2]))
+                self._report.progress(seen, pins * 1.25, package_in(line))
             elif line.startswith("Installing collected"):
-                self._report.progress(0.9, 1.0, "Unpacking")
+                self._report.progress(0.85, 1.0, f"Unpacking {line.count(',') + 1} packages")
 
         arguments = ["install", *PINNED_ONLY, *QUICKLY, *extra, "-r", str(requirements)]
         status, tail = self._shop.run(where.python, "pip", arguments, on_line)
@@ -191,6 +192,12 @@ class Installer:
             raise explained("Trying out the new environment", tail)
         self._report.line(f"torch {found.get('torch')} works on {found.get('device')}.")
         return found
+
+
+def package_in(line: str) -> str:
+    """`Collecting gradio==6.31.0 (from ...)`, `Processing /a/pandas-3.1.1-cp311.whl`: the name."""
+    subject = line.split()[1].replace("\\", "/").rsplit("/", 1)[-1]
+    return re.split(r"[=<>~!;:]|-\d", subject)[0]
 
 
 def bundled_pip() -> Path:

@@ -12,6 +12,7 @@ from assets.launcher import environment
 from assets.launcher.children import Children, clean_environ
 from assets.launcher.environment import Environment
 from assets.launcher.faults import NetworkFault, Stopped, explained
+from assets.launcher.install import package_in
 from assets.launcher.places import ROOT, Places
 from tests.launcher.tree import is_alive, wait_until
 
@@ -206,3 +207,16 @@ def test_the_pointer_is_readable_json(places: Places) -> None:
     environment.switch(places, {"key": "k", "wanted": "cpu", "torch": "2.13.0"})
     record = json.loads(places.current.read_text())
     assert record == {"schema": 1, "key": "k", "wanted": "cpu", "torch": "2.13.0"}
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("Collecting gradio==6.31.0 (from -r requirements.txt (line 3))", "gradio"),
+        ("Processing /wheels/pydantic_core-2.50.4-cp311-cp311-linux.whl (from x)", "pydantic_core"),
+        ("Processing c:\\wheels\\pandas-3.1.1-cp311.whl", "pandas"),
+        ("Ignoring typer: markers 'python_version < \"3.11\"' don't match", "typer"),
+    ],
+)
+def test_progress_names_the_package(line: str, name: str) -> None:
+    assert package_in(line) == name

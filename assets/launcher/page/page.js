@@ -29,6 +29,7 @@ function show(state) {
     setText("decline", state.question.no);
   }
   byId("fault").hidden = !state.fault;
+  document.body.classList.toggle("still", Boolean(state.fault || state.question));
   if (state.fault) {
     setText("what", state.fault.what);
     setText("next-step", state.fault.next_step);
