@@ -9,15 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def load_reference(folder: Path, experts_implementation: str | None) -> Any:
+def load_reference(
+    folder: Path, dtype: torch.dtype | None, experts_implementation: str | None = None
+) -> Any:
     """Return the model with all its weights in memory and nothing of ours in it.
 
-    `experts_implementation` None takes transformers' own choice. Only for folders that can be
-    trusted: nothing is checked here.
+    `dtype` None takes that of the files, `experts_implementation` None transformers' own choice.
+    Only for folders that can be trusted: nothing is checked here.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype or "auto",
         experts_implementation=experts_implementation,
         local_files_only=True,
         trust_remote_code=False,

@@ -17,6 +17,8 @@ from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
 from runtime.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from runtime.core import HardwareProfile, PolicyName
     from runtime.engine import Engine
 
@@ -46,17 +48,18 @@ def assemble(
     from runtime.adapter import attach, detach
     from runtime.adapter_cache import KvCache
     from runtime.device_choice import open_device
-    from runtime.engine import Engine, EngineParts
+    from runtime.engine import Engine
+    from runtime.engine_parts import EngineParts
     from runtime.executor import Executor
     from runtime.loader import load_model, read_shape
     from runtime.planner import plan_memory
 
     profile = profile_for(request)
     folder = model_folder(request.model)
-    # What the emulated card computes is charged to its ledger: one thread is enough for that, and
-    # float32 is what every CPU computes fast. In place, experts get all real cores.
+    # What the emulated card computes is charged to its ledger: one thread is enough for that. In
+    # place, experts get all real cores.
     torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
-    dtype = torch.float32 if profile.emulated else None
+    dtype = dtype_for(profile)
     shape = read_shape(folder, dtype)
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
@@ -141,3 +144,13 @@ def profile_for(request: LoadRequest) -> HardwareProfile:
         rate = Reading(request.link_bytes_per_s, "emulated" if profile.emulated else "assumed")
         profile = replace(profile, link_bytes_per_s=rate, link_unpinned_bytes_per_s=rate)
     return profile
+
+
+def dtype_for(profile: HardwareProfile) -> torch.dtype | None:
+    """Return the dtype to load weights in; None for that of the files.
+
+    The emulated card gets float32, which every CPU computes fast.
+    """
+    import torch
+
+    return torch.float32 if profile.emulated else None

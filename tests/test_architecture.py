@@ -18,6 +18,7 @@ FLOORS = {
     "formats": 0,
     "wire": 0,
     "planner": 1,
+    "profiles": 1,
     "cache": 1,
     "scheduler": 1,
     "transfer_queue": 1,

@@ -20,7 +20,7 @@ import torch
 
 from runtime.adapter_cache import KvCache
 from runtime.adapter_reference import generate_greedy, load_reference
-from runtime.assembly import assemble
+from runtime.assembly import assemble, dtype_for
 from runtime.config import model_folder
 from runtime.core import Delta, LoadRequest, Message, SamplingParams
 from runtime.engine import Engine
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     resident = LoadRequest(options.model, "on-demand", cache_fraction=1.0)
     assembled = assemble(resident, virtual_clock=True)
     engine = Engine(replace(assembled.parts, eos_token_ids=frozenset()))
-    stock = load_reference(folder, None)
+    stock = load_reference(folder, dtype_for(engine.profile))
     loop = _loop_over(engine, stock)
     prompt = engine.prompt_ids(MESSAGES)
     sides: dict[str, Callable[[], list[int]]] = {

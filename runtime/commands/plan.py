@@ -12,7 +12,7 @@ from runtime.commands.request import load_request
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Return profile, shape and plan without reading any weights."""
-    from runtime.assembly import profile_for
+    from runtime.assembly import dtype_for, profile_for
     from runtime.config import model_folder, model_name
     from runtime.loader import read_shape
     from runtime.planner import plan_memory
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     request = load_request(options)
     folder = model_folder(request.model)
     profile = profile_for(request)
-    shape = read_shape(folder)
+    shape = read_shape(folder, dtype_for(profile))
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
     )
