@@ -86,45 +86,6 @@ def open_database(
     return db, notices
 
 
-def search_available(db: sqlite3.Connection) -> bool:
-    """Set up full-text search on this connection; False where SQLite cannot do it.
-
-    The index is kept by temporary triggers, so an SQLite without FTS5 can still write the same
-    file: it marks the index stale, and the next one that can rebuilds it. A partial answer is
-    indexed when it ends.
-    """
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        db.execute(
-            "CREATE VIEW IF NOT EXISTS settled_messages AS"
-            " SELECT id, content FROM messages WHERE state <> 'partial'"
-        )
-        db.execute(
-            "CREATE VIRTUAL TABLE IF NOT EXISTS message_words USING"
-            " fts5(content, content='settled_messages', content_rowid='id', tokenize='trigram')"
-        )
-        if db.execute("SELECT stale FROM search_index").fetchone()[0]:
-            db.execute("INSERT INTO message_words (message_words) VALUES ('rebuild')")
-        forget = (
-            "INSERT INTO message_words (message_words, rowid, content)"
-            " VALUES ('delete', old.id, old.content);"
-        )
-        learn = "INSERT INTO message_words (rowid, content) VALUES (new.id, new.content);"
-        for name, moment, body in (
-            ("added", "INSERT ON main.messages WHEN new.state <> 'partial'", learn),
-            ("removed", "DELETE ON main.messages WHEN old.state <> 'partial'", forget),
-            ("left", "UPDATE ON main.messages WHEN old.state <> 'partial'", forget),
-            ("came", "UPDATE ON main.messages WHEN new.state <> 'partial'", learn),
-        ):
-            db.execute(f"CREATE TEMP TRIGGER message_{name} AFTER {moment} BEGIN {body} END")
-        db.execute("UPDATE search_index SET stale = 0")
-        db.execute("COMMIT")
-    except sqlite3.OperationalError:
-        db.execute("ROLLBACK")
-        return False
-    return True
-
-
 def _open_sound(path: Path, migrations: Sequence[Migration]) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
     try:

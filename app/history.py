@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.database import MIGRATIONS, HistoryError, Migration, open_database, search_available
+from app.database import MIGRATIONS, HistoryError, Migration, open_database
+from app.search import distrust_index, matching, open_index
 from runtime.errors import RequestError
 
 Role = Literal["user", "assistant"]
@@ -27,7 +28,6 @@ MessageState = Literal["complete", "partial", "stopped", "failed"]
 INTERRUPTED = "PreScope was closed while this answer was being written. Retry to ask again."
 UNTITLED = "New chat"
 _COLUMNS = "id, conversation_id, role, content, reasoning, state, stats, error, created_s"
-_SHORTEST_INDEXED = 3
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,17 @@ class History:
         self.path = folder
         db, self.notices = open_database(folder, migrations)
         self._db: sqlite3.Connection | None = db
-        self._indexed = use_search_index and search_available(db)
-        if not self._indexed:
-            db.execute("UPDATE search_index SET stale = 1")
-        db.execute(
-            "UPDATE messages SET state = 'failed', error = ? WHERE state = 'partial'",
-            (INTERRUPTED,),
-        )
+        try:
+            self._indexed = use_search_index and open_index(db)
+            if not self._indexed:
+                distrust_index(db)
+            db.execute(
+                "UPDATE messages SET state = 'failed', error = ? WHERE state = 'partial'",
+                (INTERRUPTED,),
+            )
+        except BaseException:
+            db.close()
+            raise
 
     def conversations(self, query: str = "", limit: int = 500) -> list[ConversationSummary]:
         """Return the newest conversations first; with a query, those that contain every word.
@@ -94,7 +98,7 @@ class History:
         The words, compared without case, must all be in the title or all in one message.
         """
         words = _clean(query).split()
-        where, values = self._matching(words) if words else ("1", [])
+        where, values = matching(words, self._indexed) if words else ("1", [])
         with self._transaction() as db:
             rows = db.execute(
                 "SELECT id, title, updated_s, created_s FROM conversations"
@@ -243,20 +247,6 @@ class History:
         )
         return int(done.lastrowid or 0)
 
-    def _matching(self, words: list[str]) -> tuple[str, list[str]]:
-        patterns = [f"%{_escape_like(word)}%" for word in words]
-        title = " AND ".join(["title LIKE ? ESCAPE '\\'"] * len(words))
-        if self._indexed and min(map(len, words)) >= _SHORTEST_INDEXED:
-            quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words)
-            inside, values = (
-                "id IN (SELECT rowid FROM message_words WHERE message_words MATCH ?)",
-                [quoted],
-            )
-        else:
-            inside, values = " AND ".join(["content LIKE ? ESCAPE '\\'"] * len(words)), patterns
-        found = f"id IN (SELECT conversation_id FROM messages WHERE {inside})"
-        return f"({title}) OR {found}", [*patterns, *values]
-
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
@@ -265,6 +255,10 @@ class History:
             try:
                 yield self._db
             except sqlite3.Error as error:
+                if self._indexed and not isinstance(error, sqlite3.OperationalError):
+                    # Most likely the search index, which is no reason to lose a message.
+                    self._indexed = False
+                    distrust_index(self._db)
                 raise HistoryError(
                     f"The chats in {self.path} could not be read or saved: {error}.",
                     "Check that the disk is not full; what is on the page is kept meanwhile.",
@@ -294,7 +288,3 @@ def _clean(text: str) -> str:
     return (
         text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\N{REPLACEMENT CHARACTER}")
     )
-
-
-def _escape_like(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -203,7 +204,9 @@ def test_an_answer_cut_short_is_kept_and_marked(tmp_path: Path) -> None:
     _, answer = history.ask(chat, "why?")
     history.save_answer(answer, "Because")
     history.close()
-    last = reopened(tmp_path).messages(chat)[-1]
+    history = reopened(tmp_path)
+    last = history.messages(chat)[-1]
+    history.close()
     assert (last.content, last.state, last.error) == ("Because", "failed", INTERRUPTED)
 
 
@@ -312,7 +315,9 @@ def test_a_damaged_file_is_moved_aside_whole(tmp_path: Path, damage: str) -> Non
     assert str(kept) in history.notices[0]
     chat = history.create("fresh")
     history.close()
-    assert reopened(tmp_path).title(chat) == "fresh"
+    history = reopened(tmp_path)
+    assert history.title(chat) == "fresh"
+    history.close()
 
 
 def test_what_a_damaged_file_still_tells_is_saved(tmp_path: Path) -> None:
@@ -423,6 +428,25 @@ def test_the_search_index_catches_up_after_a_time_without(tmp_path: Path) -> Non
     history = History(tmp_path)
     assert [found.id for found in history.conversations("meanwhile")] == [chat]
     assert len(history.conversations("words")) == 2
+    history.close()
+
+
+def test_a_damaged_index_costs_no_message_and_is_built_again(tmp_path: Path) -> None:
+    filled(tmp_path, "one", "words before")
+    query(tmp_path, "UPDATE message_words_data SET block = x'00ff00ff00ff' WHERE id > 9")
+    query(tmp_path, "UPDATE message_words_data SET block = zeroblob(4) WHERE id = 10")
+    history = History(tmp_path)
+    chat = history.create("two")
+    for _ in range(2):  # the first attempt finds the damage, the second does without the index
+        with contextlib.suppress(HistoryError):
+            history.delete(history.conversations("one")[0].id)
+            break
+    history.ask(chat, "words after")
+    assert [found.id for found in history.conversations("words")] == [chat]
+    history.close()
+    history = reopened(tmp_path)
+    assert [found.id for found in history.conversations("words aft")] == [chat]
+    assert history._indexed
     history.close()
 
 
