@@ -121,4 +121,5 @@ def from_os_error(doing: str, error: OSError) -> Fault:
             f"{doing}: not allowed ({error}).",
             "Choose a folder of your own with --data-dir or PRESCOPE_DATA_DIR.",
         )
-    return FolderFault(f"{doing}: {error}.", "Look into the log, then retry.")
+    next_step = "Look into the log and retry, or choose another folder with --data-dir."
+    return FolderFault(f"{doing}: {error}.", next_step)

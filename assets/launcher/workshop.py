@@ -51,7 +51,7 @@ class Workshop:
         free = shutil.disk_usage(self.places.data).free
         if free < needed_bytes:
             raise FolderFault(
-                f"{self.places.data} has {free / 1e9:.1f} GB of free space; installing needs "
-                f"{needed_bytes / 1e9:.1f} GB.",
+                f"{self.places.data} has {free / 1e9:.2f} GB of free space; installing needs "
+                f"{needed_bytes / 1e9:.2f} GB.",
                 MAKE_ROOM,
             )
