@@ -25,7 +25,6 @@ RUNTIME_COMMANDS = {
     "plan": "what of a MODEL would go where",
     "chat": 'answer one prompt: chat MODEL "prompt"',
     "bench": "run a benchmark suite",
-    "serve": "the OpenAI-compatible server without the page",
     "doctor": "look for problems and say what to do",
 }
 OWN_COMMANDS = {
