@@ -7,9 +7,6 @@ reports modelled seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import psutil
 import torch
@@ -21,72 +18,19 @@ from runtime.core import (
     FinishReason,
     GenerationChunk,
     HardwareProfile,
-    MemoryPlan,
     Message,
-    ModelShape,
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.prompts import PromptEncoder, Tokenizer
+from runtime.engine_parts import EngineParts
+from runtime.errors import MemoryPlanError
+from runtime.prompts import PromptEncoder
 from runtime.sampler import Sampler, check_params
-from runtime.sequences import Cache, Conversation, Conversations
-from runtime.telemetry import Counters, Gauges, Panel, Timing, generation_stats
+from runtime.sequences import Conversation, Conversations
+from runtime.telemetry import Gauges, Panel, Timing, generation_stats
 from runtime.text_stream import Piece, TextStream
 
 PREFILL_CHUNK_TOKENS = 512
-
-
-class Executor(Protocol):
-    """What the engine asks of the executor of its experts."""
-
-    @property
-    def policy(self) -> str: ...
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def slots_used(self) -> int: ...
-
-    def set_policy(self, policy: str) -> None: ...
-
-    def begin_pass(self, tokens: int) -> None: ...
-
-    def computing(self) -> AbstractContextManager[object]: ...
-
-    def counters(self) -> Counters: ...
-
-    def heat(self) -> bytes: ...
-
-
-class Device(Protocol):
-    """What the engine asks of the device: where tensors go, what time it is, when it is done."""
-
-    torch_device: torch.device
-
-    def now_s(self) -> float: ...
-
-    def wait_for_compute(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class EngineParts:
-    """A loaded model and everything it runs on.
-
-    `new_cache` makes an empty KV cache for it; `close` gives all of it back.
-    """
-
-    model: Callable[..., Any]
-    tokenizer: Tokenizer
-    shape: ModelShape
-    context_tokens: int
-    eos_token_ids: frozenset[int]
-    new_cache: Callable[[], Cache]
-    device: Device
-    executor: Executor
-    profile: HardwareProfile
-    plan: MemoryPlan
-    close: Callable[[], None]
 
 
 class _StoppedError(Exception):
@@ -263,7 +207,27 @@ class Engine:
         return logits
 
     def _forward(self, conversation: Conversation, ids: Sequence[int]) -> torch.Tensor:
-        """Run the model over `ids` and return the logits of the last one."""
+        """Run the model over `ids`; if memory runs out, once more without the other chats."""
+        try:
+            return self._pass(conversation, ids)
+        except torch.OutOfMemoryError as failure:
+            # Only the words are kept: the error itself holds on to the tensors of the pass.
+            reason = str(failure)
+        self.forget()
+        with self.parts.executor.computing():
+            conversation.rewind()
+        if conversation.intact:
+            try:
+                return self._pass(conversation, ids)
+            except torch.OutOfMemoryError as failure:
+                reason = str(failure)
+        raise MemoryPlanError(
+            f"The card's memory ran out at {len(conversation.ids):,} tokens: {reason[:200]}",
+            "Start a new chat, or load the model with a smaller cache.",
+        )
+
+    def _pass(self, conversation: Conversation, ids: Sequence[int]) -> torch.Tensor:
+        """Run the model over `ids` once and return the logits of the last one."""
         parts = self.parts
         conversation.intact = False
         parts.executor.begin_pass(len(ids))

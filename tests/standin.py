@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from runtime.adapter_cache import KvCache
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Reading, TelemetrySnapshot
-from runtime.engine import Engine, EngineParts
+from runtime.engine import Engine
+from runtime.engine_parts import EngineParts
 from runtime.telemetry import Counters
 
 CHATML = (

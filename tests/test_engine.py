@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from runtime.adapter_cache import KvCache
 from runtime.core import Accepted, Delta, Finished, GenerationChunk, Message, SamplingParams
 from runtime.engine import Engine
-from runtime.errors import ContextLengthError, ModelError, RequestError
+from runtime.errors import ContextLengthError, MemoryPlanError, ModelError, RequestError
 from tests.standin import (
     CONTEXT_TOKENS,
     RealTimeDevice,
@@ -337,6 +337,30 @@ def test_a_failing_pass_forgets_the_conversation_and_reaches_the_caller() -> Non
         ask(one, "fail")
     assert one.kept_tokens == 0
     assert ids_of(ask(one, "fail")) == ids_of(ask(engine(eos=[]), "fail"))
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_running_out_of_memory_is_tried_once_more(first: int, failing: int) -> None:
+    calls = 0
+
+    def network(**inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = model()(**inputs)
+        if first <= calls < first + failing:
+            raise torch.OutOfMemoryError("2 GiB more are needed")
+        return output
+
+    one = engine(network=network, chunk=16, eos=[])
+    full = ids_of(ask(engine(chunk=16, eos=[]), "memory"))
+    if failing == 1:
+        assert ids_of(ask(one, "memory")) == full
+    else:
+        with pytest.raises(MemoryPlanError, match="2 GiB"):
+            ask(one, "memory")
+        assert one.kept_tokens == 0
+        assert ids_of(ask(one, "memory")) == full
 
 
 def test_invalid_numbers_end_the_answer_with_words() -> None:

@@ -337,6 +337,7 @@ def test_a_cache_that_cannot_be_cut_is_kept_only_as_an_exact_prefix() -> None:
     assert store.take("a", [1, 9, 3]).ids == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
 def test_the_common_prefix_is_common_and_longest(left: list[int], right: list[int]) -> None:
     size = common_prefix(left, right)

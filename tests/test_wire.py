@@ -7,7 +7,7 @@ import struct
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import wire
@@ -43,6 +43,7 @@ RECORDS = [
 CHUNKS = [Accepted(3, 1), Delta("reasoning", "é\ud83d", (1, 2)), Finished("length", STATS)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=4), st.data())
 def test_frames_survive_any_cutting(bodies: list[dict[str, object]], data: st.DataObject) -> None:
     frames = [{**body, "op": "x"} for body in bodies]
@@ -55,6 +56,7 @@ def test_frames_survive_any_cutting(bodies: list[dict[str, object]], data: st.Da
     assert received == frames
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=40), max_size=6))
 def test_any_bytes_give_frames_or_a_protocol_error(pieces: list[bytes]) -> None:
     decoder = wire.FrameDecoder()
@@ -66,6 +68,7 @@ def test_any_bytes_give_frames_or_a_protocol_error(pieces: list[bytes]) -> None:
         pass
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_gives_a_frame_or_a_protocol_error(body: bytes) -> None:
     decoder = wire.FrameDecoder()
@@ -104,6 +107,7 @@ def test_chunks_survive_the_trip(chunk: Accepted | Delta | Finished) -> None:
     assert wire.chunk_from_json(json.loads(json.dumps(wire.chunk_to_json(chunk)))) == chunk
 
 
+@settings(deadline=None)
 @given(st.sampled_from(RECORDS), st.data())
 def test_a_wrong_field_is_a_protocol_error_or_harmless(record: object, data: st.DataObject) -> None:
     sent = json.loads(json.dumps(asdict(record)))  # type: ignore[call-overload]

@@ -1,0 +1,68 @@
+"""What an engine is put together from, and what it asks of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from runtime.core import HardwareProfile, MemoryPlan, ModelShape
+from runtime.prompts import Tokenizer
+from runtime.sequences import Cache
+from runtime.telemetry import Counters
+
+
+class Executor(Protocol):
+    """What the engine asks of the executor of its experts."""
+
+    @property
+    def policy(self) -> str: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def slots_used(self) -> int: ...
+
+    def set_policy(self, policy: str) -> None: ...
+
+    def begin_pass(self, tokens: int) -> None: ...
+
+    def computing(self) -> AbstractContextManager[object]: ...
+
+    def counters(self) -> Counters: ...
+
+    def heat(self) -> bytes: ...
+
+
+class Device(Protocol):
+    """What the engine asks of the device: where tensors go, what time it is, when it is done."""
+
+    torch_device: torch.device
+
+    def now_s(self) -> float: ...
+
+    def wait_for_compute(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """A loaded model and everything it runs on.
+
+    `new_cache` makes an empty KV cache for it; `close` gives all of it back.
+    """
+
+    model: Callable[..., Any]
+    tokenizer: Tokenizer
+    shape: ModelShape
+    context_tokens: int
+    eos_token_ids: frozenset[int]
+    new_cache: Callable[[], Cache]
+    device: Device
+    executor: Executor
+    profile: HardwareProfile
+    plan: MemoryPlan
+    close: Callable[[], None]
