@@ -56,7 +56,8 @@ def ask(engine: Engine, text: str, stop_after: int = 10**9) -> tuple[list[int], 
 def expected() -> dict[str, list[int]]:
     """What `generate` with `eager` experts answers, cut at the end of the turn."""
     engine = assemble(LoadRequest(), virtual_clock=True)
-    stock = load_reference(DEFAULT_MODEL_DIR, "eager").to(engine.parts.device.torch_device)
+    dtype = next(engine.parts.model.parameters()).dtype  # type: ignore[attr-defined]
+    stock = load_reference(DEFAULT_MODEL_DIR, dtype, "eager").to(engine.parts.device.torch_device)
     answers = {}
     for text in QUESTIONS:
         prompt = engine.prompt_ids([Message("user", text)])
@@ -116,15 +117,19 @@ def test_the_policy_can_change_between_tokens(expected: dict[str, list[int]]) ->
 
 
 def test_another_model_without_a_card_computes_in_place(
-    tmp_path: Path, expected: dict[str, list[int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A second thread pool on shared cores takes minutes for what one thread does in a second.
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 1)
     folder = tmp_path / "other"
     shutil.copytree(DEFAULT_MODEL_DIR, folder)
     engine = assemble(LoadRequest(str(folder), "hybrid"))
     if engine.profile.device_kind == "cuda":
         pytest.skip("this machine has a card")
     ids, stats = ask(engine, QUESTIONS[0])
-    assert ids == expected[QUESTIONS[0]]
+    prompt = engine.prompt_ids([Message("user", QUESTIONS[0])])
+    stock = generate_greedy(load_reference(folder, None, "eager"), prompt, NEW_TOKENS)
+    assert ids == stock[: len(ids)]
     assert (stats.policy, stats.emulated, stats.cache_slots) == ("cpu-only", False, 0)
     assert stats.served_cpu == stats.routed
     assert engine.name == "other"
