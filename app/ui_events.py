@@ -18,7 +18,6 @@ from app.ui_rows import SHOWN_TURNS, list_rows, live_rows, settled_rows, turn_at
 from app.ui_text import plain
 from runtime.errors import PreScopeError
 
-PULL_WAIT_S = 0.3
 NOTHING = ConversationView("", "", [])
 Updates = dict[Any, Any]
 
@@ -87,9 +86,13 @@ class ChatEvents:
         return self._started(start, query)
 
     def pulled(self, conv: str, query: str, earlier: Any, event: gr.EventData) -> Updates:
-        """Bring the newest text of the answer under way, or the settled turns at its end."""
+        """Bring the newest text of the answer under way, or the settled turns at its end.
+
+        It never waits: all tabs of a browser share six sockets, and one held here is one less
+        for a tab that loads, or for Stop.
+        """
         version = event.version if isinstance(event.version, int) else -1
-        view = self._sessions.wait(conv, version, PULL_WAIT_S)
+        view = self._sessions.view(conv)
         if view.live is None:
             if _is_gone(view):
                 return self.blank(query)

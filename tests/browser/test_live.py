@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.chat import Chat
@@ -60,6 +61,7 @@ def test_the_panel_follows_an_answer(visit: Visit) -> None:
     expect(panel.locator(".ps-panel.stale")).to_have_count(0)
 
 
+@pytest.mark.timeout(300)
 def test_eight_tabs_are_all_live_on_one_stream(chromium: Browser, visit: Visit) -> None:
     small = chromium.new_context(viewport={"width": 800, "height": 600}, reduced_motion="reduce")
     first = visit(profile=small)
