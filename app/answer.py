@@ -217,8 +217,8 @@ class _Pump:
             for chunk in stream:
                 if not isinstance(chunk, Accepted):
                     self._inbox.put(chunk)
-                if self._cancelled.is_set():
-                    _close(stream)
+                if self._cancelled.is_set() and isinstance(stream, types.GeneratorType):
+                    stream.close()
                     break
         except PreScopeError as error:
             self._inbox.put(error)

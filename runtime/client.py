@@ -57,8 +57,9 @@ class EngineClient(Protocol):
     ) -> Iterator[GenerationChunk]:
         """Answer the whole message list: `Accepted`, then `Delta`s, then one `Finished`.
 
-        `conversation_id` lets the engine reuse the KV of the same conversation. Closing the
-        iterator stops the generation within one token.
+        `conversation_id` lets the engine reuse the KV of the same conversation. One thread reads
+        the iterator; its `close`, which any thread may call, stops the generation within one
+        token, and what is left to read ends with `Finished` and the figures so far.
 
         Raises:
             RequestError: before the first chunk, for a prompt that cannot be answered.

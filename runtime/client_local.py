@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from runtime.client_answer import Answer
 from runtime.client_requests import Box, Front, Requests, RestartLimit, generate_frame
 from runtime.core import (
     POLICIES,
@@ -135,9 +136,16 @@ class LocalEngine:
         params: SamplingParams,
     ) -> Iterator[GenerationChunk]:
         process, request_id, box = self._enrol()
+        frame = generate_frame(request_id, conversation_id, messages, params)
+        return Answer(self._chunks(process, frame, box), process, request_id)
+
+    def _chunks(
+        self, process: EngineProcess, frame: Frame, box: Box
+    ) -> Generator[GenerationChunk, None, None]:
+        """Yield what comes for one request; the engine is killed if it takes too long to begin."""
         finished = False
         try:
-            process.send(generate_frame(request_id, conversation_id, messages, params))
+            process.send(frame)
             deadline_s: float | None = None
             while not finished:
                 try:
@@ -162,9 +170,8 @@ class LocalEngine:
         except ProtocolError as failure:
             raise RequestError(failure.message, failure.next_step) from failure
         finally:
-            self._requests.close(request_id)
             if not finished:
-                process.send({"op": "stop", "id": request_id})
+                process.send({"op": "stop", "id": frame["id"]})
 
     def close(self) -> None:
         with self._changed:

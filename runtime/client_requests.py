@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from runtime.core import GenerationChunk, Message, SamplingParams
+from runtime.core import Finished, GenerationChunk, Message, SamplingParams
 from runtime.errors import PreScopeError
 from runtime.wire import Frame
 
@@ -41,15 +41,13 @@ class Requests:
             self._boxes[self._last_id] = box
             return self._last_id, box
 
-    def close(self, request_id: int) -> None:
-        """Drop what still comes for this id."""
-        with self._lock:
-            self._boxes.pop(request_id, None)
-
     def deliver(self, request_id: object, item: Item) -> None:
-        """Put an item into its box, if somebody still waits for it."""
+        """Put an item into its box; the last one ends the request."""
+        if not isinstance(request_id, int):
+            return
+        last = isinstance(item, (Finished, PreScopeError))
         with self._lock:
-            box = self._boxes.get(request_id) if isinstance(request_id, int) else None
+            box = self._boxes.pop(request_id, None) if last else self._boxes.get(request_id)
         if box is not None:
             box.put(item)
 

@@ -129,7 +129,30 @@ def test_closing_the_iterator_stops_the_generation(engine: LocalEngine) -> None:
     for _ in range(5):
         next(chunks)
     chunks.close()  # type: ignore[attr-defined]
+    *_, last = chunks
+    assert isinstance(last, Finished)
+    assert last.reason == "cancelled"
     assert say(engine, "next") == "next "
+
+
+def test_another_thread_may_close_the_iterator_that_one_waits_on(engine: LocalEngine) -> None:
+    load(engine)
+    running = engine.generate("c", [Message("user", "forever")], PARAMS)
+    next(running)
+    waiting = engine.generate("d", [Message("user", "never begun")], PARAMS)
+    reader = threading.Thread(target=lambda: list(running), daemon=True)
+    reader.start()
+    running.close()  # type: ignore[attr-defined]
+    reader.join(10)
+    assert not reader.is_alive()
+    assert isinstance(list(waiting)[-1], Finished)
+
+
+def test_an_iterator_nobody_keeps_stops_its_generation(engine: LocalEngine) -> None:
+    load(engine)
+    next(engine.generate("c", [Message("user", "forever")], PARAMS))
+    assert say(engine, "next") == "next "
+    until(lambda: len(engine._requests) == 0)
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_answered(
