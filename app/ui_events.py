@@ -23,7 +23,11 @@ Updates = dict[Any, Any]
 
 
 class ChatEvents:
-    """The handlers of the chat and of the list of chats; stateless between calls."""
+    """The handlers of the chat and of the list of chats; stateless between calls.
+
+    Answers can overtake each other on a slow machine, so each tells the page what it was asked
+    for (`asked`, or the conversation that was pulled), and the page asks again when it moved on.
+    """
 
     def __init__(self, parts: Parts, sessions: ChatSessions) -> None:
         self._parts = parts
@@ -38,11 +42,12 @@ class ChatEvents:
         """Show a conversation; one that is gone gives a new, empty chat."""
         view = self._sessions.view(conv) if conv else NOTHING
         gone = bool(conv) and _is_gone(view)
-        return self._shown(NOTHING if gone else view, gone=gone) | self._list(query)
+        shown = self._shown(NOTHING if gone else view, gone=gone, asked=conv)
+        return shown | self._list(query)
 
     def blank(self, query: str) -> Updates:
         """Start a new chat; it is stored with its first message."""
-        return self._shown(NOTHING, gone=True) | self._list(query)
+        return self._shown(NOTHING, gone=True, asked="") | self._list(query)
 
     def sent(self, text: str, conv: str, query: str) -> Updates:
         """Store the message and start its answer."""

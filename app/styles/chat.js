@@ -34,8 +34,8 @@ PreScope.pulse = (element, props, trigger, watch) => {
     pace = was.conv === now.conv && was.version === now.version ? Math.min(pace * 1.4, IDLE_GAP_MS) : GAP_MS;
     const here = PreScope.conversation();
     if (now.created) PreScope.setConversation(now.conv, true);
+    else if ((now.asked ?? (now.pulled ? now.conv : here)) !== here) { PreScope.open(here); return; }
     else if (now.gone) PreScope.setConversation("", true);
-    else if (now.pulled && now.conv !== here) { PreScope.open(here); return; }
     if (now.changed) PreScope.announce(now.about || now.conv);
     document.body.classList.toggle("ps-live", now.live);
     if (!now.pulled && now.live) PreScope.follow();
