@@ -75,7 +75,7 @@ def test_a_held_out_question_is_answered_and_the_panel_moves(page: Page) -> None
     resident, _, _, on_demand, cpu = shares
     assert resident > 0, shares
     assert on_demand + cpu > 0, "a quarter of the experts in slots must show real misses"
-    expect(chat.feet.last).to_contain_text("tok/s")
+    expect(chat.feet.last).to_contain_text("tokens/s")
 
 
 def test_a_reload_in_mid_answer_loses_nothing(page: Page) -> None:
