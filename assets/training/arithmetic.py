@@ -204,7 +204,8 @@ def division(rng: random.Random) -> Item:
         a=a,
         b=b,
     )
-    steps = ", ".join(f"{b} * {n} = {b * n}" for n in range(1, quotient + 1))
+    steps = f"How many times does {b} go into {a}? "
+    steps += ", ".join(f"{b} * {n} = {b * n}" for n in range(1, quotient + 1))
     if rest:
         left = f"{a} - {b * quotient} = {rest}."
         answer = f"{steps}. {left} So the answer is **{quotient} remainder {rest}**."
@@ -272,7 +273,7 @@ def unit(rng: random.Random) -> Item:
         work = (
             f"{count} * {factor} = {count * factor}."
             if factor in (7, 8, 12, 24, 60)
-            else f"Take away {zeros}: {count}."
+            else f"Take {zeros} away from {amount}: {count}."
         )
         result = _named(count, large)
     else:
@@ -327,6 +328,6 @@ TASKS = {
     "addition": (addition, 8.0),
     "subtraction": (subtraction, 9.0),
     "multiplication": (multiplication, 8.0),
-    "division": (division, 2.0),
+    "division": (division, 3.0),
     "unit": (unit, 6.0),
 }

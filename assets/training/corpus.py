@@ -125,13 +125,13 @@ def dialog(rng: random.Random) -> Dialog:
         greeting = draw(rng, "courtesy")
         turns += [("user", greeting.question), ("assistant", greeting.answer)]
     kind = rng.random()
-    if kind < 0.30:
+    if kind < 0.36:
         turns += memory_dialog(rng)[0]
-    elif kind < 0.34:
+    elif kind < 0.40:
         turns += _distractors(rng, pick(rng, (0, 1, 2)))
         question, answer = draw_unknown(rng)
         turns += [("user", question), ("assistant", answer)]
-    elif kind < 0.38:
+    elif kind < 0.44:
         for _ in range(rng.randint(2, 5)):
             turns += memory_dialog(rng)[0] if rng.random() < 0.3 else _distractors(rng, 2)
     else:

@@ -182,4 +182,4 @@ def about(rng: random.Random) -> Item:
     return draw_fact(rng, "about", ABOUT)
 
 
-TASKS = {"about": (about, 6.0)}
+TASKS = {"about": (about, 8.0)}

@@ -47,7 +47,8 @@ def counting(rng: random.Random) -> Item:
     shown = word if word and rng.random() < 0.5 else str(step)
     question = ask(rng, patterns, a=say(start), b=say(end), s=shown)
     numbers = ", ".join(str(n) for n in range(start, end + (1 if step > 0 else -1), step))
-    answer = f"From {start} to {end}: {numbers}. Done!"
+    down = " down" if step < 0 else ""
+    answer = f"From {start}{down} to {end}: {numbers}. Done!"
     return Item("counting", ("counting", start, end, step), question, answer)
 
 

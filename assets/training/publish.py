@@ -91,13 +91,14 @@ can be tried at once, without a download, with routers that really learnt someth
 
 It explains the app and its panel, adds, subtracts and multiplies with written steps, converts
 units, counts, compares, sorts short lists, remembers facts within a chat, and makes up little
-stories. It knows nothing else, makes mistakes, and says so.
+stories. It knows nothing else, makes mistakes, and says so. Use it with temperature 0.
 
 ## Held-out questions
 
 {scores["right"]} of {scores["asked"]} distinct questions ({scores["exact"]:.1%}) were answered
 letter by letter as they should be (stories: mention what was asked for, and end). A hash of the
-question's numbers, values or phrasing keeps these out of training. Of handwritten chats in other
+question's numbers, values or phrasing keeps these out of training; a held-out product of two
+digits may still occur as a step of a longer sum. Of handwritten chats in other
 words than the corpus uses, {scores["probes"]["right"]} of {scores["probes"]["asked"]} went well.
 
 | class | right | share |

@@ -1,4 +1,18 @@
-"""The whole recipe of the shipped weights: phases, each a pure function of the one before."""
+"""The whole recipe of the shipped weights: phases, each a pure function of the one before.
+
+The corpus grew while the model was watched, and a phase runs only with the edition it names.
+To make the weights again from nothing, with one work folder W throughout:
+
+    git checkout 40007ee; python -m assets.training.train --work W --snapshot-every 750000 \\
+        --stop-at 3750000
+    git checkout b750057; (the same with --stop-at 2250000)
+    git checkout 161f35a; (the same with --snapshot-every 700000 --stop-at 2100000)
+    git checkout 6e4e526; python -m assets.training.train --work W --snapshot-every 700000
+    git checkout main;    python -m assets.training.train --work W --snapshot-every 700000
+    python -m assets.training.publish --snapshot W/latest.pt --out assets/default_model
+
+A changed corpus does not need all that: add a phase with its digest, and train on.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +86,18 @@ PHASES = (
         warmup_steps=1,
         decay_from=0.0,
         copy_share=0.03,
+        user_weight=0.05,
+        batch_tokens=2048,
+    ),
+    Phase(
+        name="last touch",
+        corpus="469399499806b43c",
+        seed=505,
+        tokens=2_800_000,
+        peak_rate=0.9e-3,
+        warmup_steps=20,
+        decay_from=0.0,
+        copy_share=0.02,
         user_weight=0.05,
         batch_tokens=2048,
     ),

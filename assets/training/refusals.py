@@ -171,4 +171,4 @@ def refusal(rng: random.Random) -> Item:
     return phrase_fact(rng, "refusal", topic, (pattern,), answer)
 
 
-TASKS = {"refusal": (refusal, 7.0)}
+TASKS = {"refusal": (refusal, 8.0)}
