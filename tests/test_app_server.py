@@ -43,7 +43,10 @@ socket.getaddrinfo = looked_up
 class Observed(server.AppServer):
     def run(self):
         self.sessions.send(None, "MARKER !slow !long")
-        self.sessions.send(None, "MARKER !die")
+        dying = self.sessions.send(None, "MARKER !die")
+        view = self.sessions.view(dying)
+        while view.live is not None:
+            view = self.sessions.wait(dying, view.live.version, 5)
         super().run()
 server.AppServer = Observed
 def report():

@@ -167,7 +167,7 @@ def takes_mb_for_mib(machine: Any, shape: ModelShape, **wish: Any) -> MemoryPlan
 @pytest.mark.parametrize("mutant", [rounds_slots_up, forgets_the_kv, takes_mb_for_mib])
 def test_the_properties_catch_a_planted_mistake(mutant: Planner) -> None:
     @settings(
-        max_examples=500, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
+        max_examples=4000, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
     )
     @given(machines, shapes, wishes)
     def property_(machine: Any, shape: ModelShape, wish: dict[str, Any]) -> None:

@@ -138,8 +138,9 @@ def chromium_path() -> str | None:
     return named or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
+    """One browser for these tests only: while it runs, its event loop runs in this thread."""
     path = chromium_path()
     if path is None:
         pytest.skip("there is no chromium on this machine")
@@ -149,7 +150,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """One app on the fake engine, shared: tests use conversations of their own."""
     data_dir = tmp_path_factory.mktemp("shared-app")
