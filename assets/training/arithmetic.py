@@ -191,7 +191,7 @@ def division(rng: random.Random) -> Item:
     """Division by walking up the table, with a remainder where there is one."""
     b = rng.randint(2, 10)
     quotient = rng.randint(1, 10)
-    rest = rng.randrange(b) if rng.random() < 0.35 else 0
+    rest = rng.randrange(b) if rng.random() < 0.55 else 0
     a = b * quotient + rest
     question = ask(
         rng,
@@ -206,11 +206,9 @@ def division(rng: random.Random) -> Item:
     )
     steps = f"How many times does {b} go into {a}? "
     steps += ", ".join(f"{b} * {n} = {b * n}" for n in range(1, quotient + 1))
-    if rest:
-        left = f"{a} - {b * quotient} = {rest}."
-        answer = f"{steps}. {left} So the answer is **{quotient} remainder {rest}**."
-    else:
-        answer = f"{steps}. So the answer is **{quotient}**."
+    remainder = f" remainder {rest}" if rest else ""
+    left = f"{a} - {b * quotient} = {rest}."
+    answer = f"{steps}. {left} So the answer is **{quotient}{remainder}**."
     return Item("division", ("division", a, b), question, answer)
 
 
@@ -250,6 +248,8 @@ def unit(rng: random.Random) -> Item:
     back = rng.random() < 0.3
     if back and factor in (7, 8, 60):
         count = rng.randint(2, 10)
+    elif rng.random() < 0.15 and factor not in (12, 24):
+        count = 10 * rng.randint(1, 3 if factor < 60 else 9)
     big = _named(2, large).split()[1] if rng.random() < 0.7 else large_short
     little = _named(2, small).split()[1] if rng.random() < 0.7 else small_short
     amount, source, target = (count * factor, little, big) if back else (count, big, little)
@@ -328,6 +328,6 @@ TASKS = {
     "addition": (addition, 8.0),
     "subtraction": (subtraction, 9.0),
     "multiplication": (multiplication, 8.0),
-    "division": (division, 3.0),
+    "division": (division, 6.0),
     "unit": (unit, 6.0),
 }

@@ -8,7 +8,8 @@ To make the weights again from nothing, with one work folder W throughout:
     git checkout b750057; (the same with --stop-at 2250000)
     git checkout 161f35a; (the same with --snapshot-every 700000 --stop-at 2100000)
     git checkout 6e4e526; python -m assets.training.train --work W --snapshot-every 700000
-    git checkout main;    python -m assets.training.train --work W --snapshot-every 700000
+    git checkout 9695c3a; (the same)
+    git checkout main;    python -m assets.training.train --work W --snapshot-every 500000
     python -m assets.training.publish --snapshot W/latest.pt --out assets/default_model
 
 A changed corpus does not need all that: add a phase with its digest, and train on.
@@ -95,6 +96,18 @@ PHASES = (
         seed=505,
         tokens=2_800_000,
         peak_rate=0.9e-3,
+        warmup_steps=20,
+        decay_from=0.0,
+        copy_share=0.02,
+        user_weight=0.05,
+        batch_tokens=2048,
+    ),
+    Phase(
+        name="division",
+        corpus="520e99e107d33d30",
+        seed=606,
+        tokens=1_500_000,
+        peak_rate=0.6e-3,
         warmup_steps=20,
         decay_from=0.0,
         copy_share=0.02,
