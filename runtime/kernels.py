@@ -50,7 +50,8 @@ class ExpertMath:
         """Return (t, hidden): the expert's output for `x` (t, hidden) times `weights` (t, 1).
 
         `parts` are the views that `views` made. Equality with `eager` to the last bit on several
-        rows needs the rows in the order of `rows_of`: a matrix product may round by position.
+        rows needs them by k and then by token, as `eager` gathers them: a matrix product may
+        round by position.
         """
         if self.in_float32:
             return self._rows_in_float32(parts, x, weights)
@@ -77,15 +78,6 @@ class ExpertMath:
         if self.down_bias is not None:
             out = out + wide[self.down_bias]
         return out * weights.float()
-
-
-def rows_of(top_k_index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """Return (tokens, positions), each (t,), where `top_k_index` (T, k) names `expert`.
-
-    Ordered by position and then by token, as `eager` gathers them.
-    """
-    positions, tokens = torch.where(top_k_index.T == expert)
-    return tokens, positions
 
 
 def combine(rows: Tensor, top_k_index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from runtime.adapter import MoeLayer, attach
 from runtime.core import ExpertId
-from runtime.kernels import combine, rows_of, views
+from runtime.kernels import combine, views
 from runtime.loader import LoadedModel, load_model
 from runtime.store import ExpertStore
 
@@ -102,3 +102,9 @@ def _randomize(model: Any) -> None:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
             elif "tid2eid" in name:
                 buffer.copy_(torch.randint(0, 8, buffer.shape, generator=generator))
+
+
+def rows_of(top_k_index: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens, positions) where `top_k_index` (T, k) names `expert`, in `eager`'s order."""
+    positions, tokens = torch.where(top_k_index.T == expert)
+    return tokens, positions

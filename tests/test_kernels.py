@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from runtime.adapter import expert_math, expert_shapes, is_experts
 from runtime.formats import lay_out
-from runtime.kernels import add_in_order, combine, rows_of, views
+from runtime.kernels import add_in_order, combine, views
+from tests.checkpoints import rows_of
 from tests.families import FAMILIES, MORE_FAMILIES, tiny
 
 # Every way of computing an expert that any family has.
