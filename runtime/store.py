@@ -110,6 +110,10 @@ class ExpertStore:
         size = self._formats[expert.layer].size_bytes
         return self._slabs[expert.layer][expert.expert * size : (expert.expert + 1) * size]
 
+    def format_of(self, layer: int) -> ExpertFormat:
+        """Return the layout shared by all experts of MoE layer `layer`."""
+        return self._formats[layer]
+
     def close(self) -> None:
         """Give the slabs back; safe to call twice."""
         self._slabs.clear()
