@@ -59,6 +59,9 @@ PreScope.list = (element, props, trigger, watch) => {
     if (search && (props.value?.query ?? "") !== search.value.trim()) trigger("refresh_list", {});
   };
   let agreeing = 0;
+  let armed = null, disarming = 0;       /* the chat whose deletion waits for a second press */
+  const deleteButton = (id) =>
+    [...nav.querySelectorAll("li")].find((l) => l.dataset.id === id)?.querySelector(".del");
   const render = () => {
     clearTimeout(agreeing);
     agreeing = setTimeout(agree, 250);
@@ -84,6 +87,8 @@ PreScope.list = (element, props, trigger, watch) => {
       parts.push(make("p", "none", props.value?.query ? "No chat matches." : "Your chats will be kept here, on this computer."));
     }
     nav.replaceChildren(...parts);
+    const waiting = armed && deleteButton(armed);
+    if (waiting) showArmed(waiting);
     mark();
     if (focus?.[0]) {
       const li = [...nav.querySelectorAll("li")].find((l) => l.dataset.id === focus[0]);
@@ -120,25 +125,34 @@ PreScope.list = (element, props, trigger, watch) => {
     });
     input.addEventListener("blur", () => end(true, false));
   };
-  const disarm = (b) => {
-    clearTimeout(b.disarm);
+  const showArmed = (b) => {
+    b.plain = b.getAttribute("aria-label");
+    b.classList.add("arm");
+    b.setAttribute("aria-label", "Press again to delete");
+    b.title = "Press again to delete";
+  };
+  const disarm = () => {
+    clearTimeout(disarming);
+    const b = armed && deleteButton(armed);
+    armed = null;
+    if (!b?.classList.contains("arm")) return;
     b.classList.remove("arm");
     b.setAttribute("aria-label", b.plain);
     b.title = "Delete";
   };
   const remove = (li, b) => {
-    if (b.classList.contains("arm")) {
-      disarm(b);
+    const id = li.dataset.id;
+    const again = armed === id;
+    disarm();
+    if (again) {
       const next = li.nextElementSibling || li.previousElementSibling;
       next?.querySelector(".go")?.focus();
-      trigger("delete_conv", { id: li.dataset.id });
+      trigger("delete_conv", { id });
       return;
     }
-    b.plain = b.getAttribute("aria-label");
-    b.classList.add("arm");
-    b.setAttribute("aria-label", "Press again to delete");
-    b.title = "Press again to delete";
-    b.disarm = setTimeout(() => disarm(b), ARM_MS);
+    armed = id;
+    showArmed(b);
+    disarming = setTimeout(disarm, ARM_MS);
   };
 
   nav.addEventListener("click", (e) => {
