@@ -129,8 +129,10 @@ class Executor:
         return self._device.computing()
 
     def begin_pass(self, tokens: int) -> None:
-        """Note that a forward pass of `tokens` rows starts; the one before it has been read."""
-        self._device.wait_for_compute()
+        """Note that a forward pass of `tokens` rows starts.
+
+        The caller has waited for the compute stream since the pass before: it needed the logits.
+        """
         self.residency.begin_pass()
 
     def counters(self) -> Counters:

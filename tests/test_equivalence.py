@@ -82,15 +82,21 @@ def executing(
         executor.close()
 
 
-def logits_of(model: Any, executor: Executor | None = None) -> list[torch.Tensor]:
-    """Logits of a prefill and of one cached decode step."""
+def logits_of(
+    model: Any, executor: Executor | None = None, device: Device | None = None
+) -> list[torch.Tensor]:
+    """Logits of a prefill and of one cached decode step, each waited for on `device`."""
     with torch.inference_mode():
         if executor is not None:
             executor.begin_pass(PROMPT.numel())
         first = model(input_ids=PROMPT, use_cache=True)
+        if device is not None:
+            device.wait_for_compute()
         if executor is not None:
             executor.begin_pass(NEXT.numel())
         second = model(input_ids=NEXT, past_key_values=first.past_key_values, use_cache=True)
+        if device is not None:
+            device.wait_for_compute()
     return [first.logits, second.logits]
 
 
@@ -240,8 +246,7 @@ def test_engine_and_simulator_count_the_same_on_one_trace(
     device = EmulatedDevice(PROFILE, virtual_clock=True)
     with executing(loaded, policy, slots, device, observe) as executor:
         for _ in range(3):
-            logits_of(loaded.model, executor)
-        device.wait_for_compute()
+            logits_of(loaded.model, executor, device)
         engine, engine_s = executor.counters(), device.now_s()
     passes = [ForwardPass(n, tuple(layers)) for n, layers in zip(tokens, trace, strict=True)]
     layer_bytes = [layer.format.size_bytes for layer in loaded.layers]

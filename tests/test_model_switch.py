@@ -12,6 +12,7 @@ import pytest
 from runtime.client import LocalEngine
 from runtime.core import (
     Delta,
+    EmulatedMachine,
     EngineStatus,
     Finished,
     GenerationStats,
@@ -79,6 +80,9 @@ def test_the_models_on_this_disk_take_turns_and_a_damaged_one_changes_nothing(
     assert status.state == "ready"
     assert ask(engine)[0] == text
 
-    engine.load(LoadRequest())
+    engine.load(LoadRequest(emulated=EmulatedMachine(link_bytes_per_s=7e6)))
     wait(engine, lambda status: status.state == "ready" and status.model != "another-model")
     assert ask(engine)[1].emulated
+    snapshot = engine.snapshot()
+    assert snapshot is not None
+    assert snapshot.link_max_bytes_per_s == 7e6, "the person's own numbers are the machine's"
