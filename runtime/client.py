@@ -72,6 +72,10 @@ class EngineClient(Protocol):
         """Change the placement policy from the next token on."""
         ...
 
+    def set_prediction(self, on: bool) -> None:
+        """Let experts be copied ahead of their layer, or not, from the next token on."""
+        ...
+
     def close(self) -> None:
         """End the engine and wait for it; safe to call twice."""
         ...

@@ -129,6 +129,11 @@ class LocalEngine:
         if process is not None:
             process.send({"op": "policy", "policy": policy})
 
+    def set_prediction(self, on: bool) -> None:
+        process = self._process
+        if process is not None:
+            process.send({"op": "prediction", "on": on})
+
     def generate(
         self,
         conversation_id: str,

@@ -237,6 +237,12 @@ class TelemetrySnapshot:
     `SERVED`. `heat` is one byte per (layer, expert), row after row, base64: bit 7 is set while the
     expert is in a slot, the low seven bits say how recently and often it was used (0 to 127).
     `stall_s_per_token` and the two speeds are over the last generation or the running one.
+
+    `prediction` says whether experts are copied ahead now. `prefetch_bytes_per_token` is what that
+    moved per token of the generation: in time, late, wasted. `predictor_recall` is the share of
+    misses that had been predicted, `predictor_precision` the share of prefetches that were used.
+    `verdict` is one sentence of the controller that measures whether prefetching pays here, and
+    `trial_tokens_per_s` its pair of speeds, without and with. `stall_s_by_layer` is per token.
     """
 
     sequence: int
@@ -264,6 +270,14 @@ class TelemetrySnapshot:
     layers: int
     experts: int
     heat: str
+    prediction: bool = False
+    prefetch_bytes_per_token: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    predictor_recall: float | None = None
+    predictor_precision: float | None = None
+    predictor_s_per_token: float = 0.0
+    verdict: str = ""
+    trial_tokens_per_s: tuple[float, float] | None = None
+    stall_s_by_layer: tuple[float, ...] = ()
 
 
 SERVED = ("resident", "prefetch in time", "prefetch late", "on demand", "CPU")

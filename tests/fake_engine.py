@@ -75,6 +75,7 @@ class FakeEngine:
         self._lock = threading.Lock()
         self._status = EngineStatus(state="empty")
         self._policy = "hybrid"
+        self._prediction = True
         self._generating = 0
         self._tokens = 0
         self._sequence = 0
@@ -124,6 +125,10 @@ class FakeEngine:
     def set_policy(self, policy: str) -> None:
         with self._lock:
             self._policy = policy
+
+    def set_prediction(self, on: bool) -> None:
+        with self._lock:
+            self._prediction = on
 
     def close(self) -> None:
         with self._lock:

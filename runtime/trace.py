@@ -1,0 +1,151 @@
+"""What a routing trace is made of: passes, layers, the router's choices and the predictions.
+
+A trace comes from real generation (`runtime.recorder`) or from statistics (`runtime.synthetic`);
+the simulator replays either. Pure records, and their file form.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.errors import ModelFilesError
+
+FORMAT_VERSION = 1
+
+
+class Guess(NamedTuple):
+    """An expert that may be routed, and the predictor's own score for that, 0 to 1."""
+
+    expert: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Guesses for MoE layer `layer`, made `distance` layers before it; the likeliest first."""
+
+    layer: int
+    distance: int
+    guesses: tuple[Guess, ...]
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One MoE layer of a pass: `demands` maps each routed expert, ascending, to its tokens.
+
+    `recency` weighs the experts of the last tokens of a prompt, 0.5 ** (tokens ago / 16) summed;
+    None where every token counts once (decode). `predictions` were made when this layer was
+    routed, for layers after it.
+    """
+
+    demands: Mapping[int, int]
+    predictions: tuple[Prediction, ...] = ()
+    recency: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One forward pass: `tokens` rows through every MoE layer, `span` of them one after another.
+
+    `span` is 1 in decode, whatever the batch, and the chunk's length in a prompt: how far time,
+    counted in tokens, moves on. `predictions` were made from the tokens, before layer 0.
+    """
+
+    tokens: int
+    layers: tuple[LayerStep, ...]
+    predictions: tuple[Prediction, ...] = ()
+    span: int = 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Passes of one model in order, and what a reader should know about them.
+
+    `experts` is the number of experts of each layer, `top_k` how many a token uses; `origin` says
+    where it comes from.
+    """
+
+    experts: tuple[int, ...]
+    top_k: int
+    origin: str
+    passes: tuple[ForwardPass, ...] = field(default=())
+
+
+def save_trace(path: Path, trace: Trace) -> None:
+    """Write a trace as gzipped JSON lines: a header, then one pass per line."""
+    header = {
+        "format": FORMAT_VERSION,
+        "experts": trace.experts,
+        "top_k": trace.top_k,
+        "origin": trace.origin,
+    }
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        for line in (header, *map(_pass_to_json, trace.passes)):
+            file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def load_trace(path: Path) -> Trace:
+    """Read what `save_trace` wrote.
+
+    Raises:
+        ModelFilesError: the file is damaged or of another version.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        header = lines[0]
+        if header["format"] != FORMAT_VERSION:
+            raise ValueError(f"its format is {header['format']}, not {FORMAT_VERSION}")
+        passes = tuple(map(_pass_from_json, lines[1:]))
+        return Trace(tuple(header["experts"]), header["top_k"], header["origin"], passes)
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ModelFilesError(
+            f"The trace {path} cannot be read: {error}.", "Record it again."
+        ) from error
+
+
+def _pass_to_json(forward: ForwardPass) -> dict[str, Any]:
+    return {
+        "t": forward.tokens,
+        "s": forward.span,
+        "p": _predictions_to_json(forward.predictions),
+        "l": [
+            [
+                list(step.demands.items()),
+                _predictions_to_json(step.predictions),
+                None if step.recency is None else list(step.recency.items()),
+            ]
+            for step in forward.layers
+        ],
+    }
+
+
+def _pass_from_json(value: dict[str, Any]) -> ForwardPass:
+    layers = tuple(
+        LayerStep(
+            dict(demands),
+            _predictions_from_json(predictions),
+            None if recency is None else dict(recency),
+        )
+        for demands, predictions, recency in value["l"]
+    )
+    return ForwardPass(value["t"], layers, _predictions_from_json(value["p"]), value["s"])
+
+
+def _predictions_to_json(predictions: Sequence[Prediction]) -> list[Any]:
+    return [
+        [p.layer, p.distance, [[g.expert, round(g.probability, 6)] for g in p.guesses]]
+        for p in predictions
+    ]
+
+
+def _predictions_from_json(values: list[Any]) -> tuple[Prediction, ...]:
+    return tuple(
+        Prediction(layer, distance, tuple(Guess(e, p) for e, p in guesses))
+        for layer, distance, guesses in values
+    )
