@@ -1,0 +1,409 @@
+"""Eviction rules against brute force: who leaves, what that costs, and what cycles do to them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.core import ExpertId
+from runtime.errors import ConfigError
+from runtime.eviction import (
+    EVICTIONS,
+    DecayedFrequency,
+    Eviction,
+    ExpectedNextUse,
+    Lru,
+    S3Fifo,
+    make_eviction,
+)
+from runtime.eviction_frequency import DecayedScores
+
+LAYERS, EXPERTS, HALF_LIFE = 3, 4, 16.0
+ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+
+
+class Ledger:
+    """Everything a rule was told, kept as it came: the ground for recomputing from scratch."""
+
+    def __init__(self) -> None:
+        self.uses: list[tuple[ExpertId, float, float]] = []
+        self.touched: list[ExpertId] = []
+        self.residents: list[ExpertId] = []
+        self.probation: list[ExpertId] = []
+
+    def used(self, expert: ExpertId, now: float, weight: float) -> None:
+        self.uses.append((expert, now, weight))
+        self.touched.append(expert)
+        if expert in self.probation:
+            self.probation.remove(expert)
+
+    def admitted(self, expert: ExpertId, prefetched: bool) -> None:
+        self.touched.append(expert)
+        self.residents.append(expert)
+        if prefetched:
+            self.probation.append(expert)
+
+    def removed(self, expert: ExpertId) -> None:
+        self.residents.remove(expert)
+        if expert in self.probation:
+            self.probation.remove(expert)
+
+    def score(self, expert: ExpertId, now: float) -> float:
+        return sum(w * 0.5 ** ((now - t) / HALF_LIFE) for e, t, w in self.uses if e == expert)
+
+    def next_use(self, expert: ExpertId, now: float, layer: int) -> float:
+        """Expected passes until the next use, as the issue states the rule."""
+        last_turn = now - 1.0 if expert.layer > layer else now
+        rate = self.score(expert, last_turn) * (1 - 0.5 ** (1 / HALF_LIFE))
+        waits = ((expert.layer - layer - 1) % LAYERS) / LAYERS
+        return waits + (1 / min(rate, 1.0) - 1 if rate > 0 else math.inf)
+
+    def recency(self, expert: ExpertId) -> int:
+        return max((i for i, e in enumerate(self.touched) if e == expert), default=-1)
+
+
+Step = tuple[str, int, float, bool]
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["used", "used", "used", "admitted", "removed", "victim"]),
+        st.integers(0, len(ALL) - 1),
+        st.sampled_from([0.0, 0.0, 1.0, 1.0, 40.0]),
+        st.booleans(),
+    ),
+    max_size=80,
+)
+
+
+def replay(
+    rule: Eviction,
+    script: list[Step],
+    judge: Callable[[Ledger, set[ExpertId], ExpertId, float, int], None],
+) -> None:
+    """Tell rule and ledger the same story; `judge` looks at every victim. Time passes by tokens."""
+    ledger, now = Ledger(), 0.0
+    for action, number, passed, flag in script:
+        now += passed
+        expert = ALL[number]
+        layer = number % LAYERS
+        if action == "used":
+            weight = 2.5 if flag else 1.0
+            rule.used(expert, now, weight)
+            ledger.used(expert, now, weight)
+        elif action == "admitted" and expert not in ledger.residents:
+            rule.admitted(expert, now, prefetched=flag)
+            ledger.admitted(expert, flag)
+        elif action == "removed" and expert in ledger.residents:
+            rule.removed(expert)
+            ledger.removed(expert)
+        elif action == "victim":
+            may_go = {e for e in ledger.residents if not flag or (e.layer + e.expert) % 3}
+            victim = rule.victim(may_go.__contains__, now, layer)
+            assert (victim is None) == (not may_go)
+            if victim is not None:
+                assert victim in may_go
+                judge(ledger, may_go, victim, now, layer)
+                assert rule.victim(may_go.__contains__, now, layer) == victim, "asking twice"
+                rule.removed(victim)
+                ledger.removed(victim)
+
+
+def probation_first(ledger: Ledger, may_go: set[ExpertId], victim: ExpertId) -> bool:
+    unused = [e for e in ledger.probation if e in may_go]
+    if unused:
+        assert victim == unused[0]
+    return bool(unused)
+
+
+@given(steps)
+def test_lru_evicts_what_was_touched_longest_ago(script: list[Step]) -> None:
+    rule = Lru()
+
+    def judge(ledger: Ledger, may_go: set[ExpertId], victim: ExpertId, *_: float) -> None:
+        assert victim == min(may_go, key=ledger.recency)
+        by_worth = sorted(ALL, key=lambda e: rule.worth(e, 0.0, 0))
+        assert [e for e in by_worth if ledger.recency(e) >= 0] == sorted(
+            set(ledger.touched), key=ledger.recency
+        )
+
+    replay(rule, script, judge)
+
+
+@given(steps)
+def test_decayed_frequency_equals_the_naive_sum_over_all_uses(script: list[Step]) -> None:
+    rule = DecayedFrequency(HALF_LIFE)
+
+    def judge(
+        ledger: Ledger, may_go: set[ExpertId], victim: ExpertId, now: float, layer: int
+    ) -> None:
+        for expert in set(ALL) - set(ledger.probation):
+            assert rule.worth(expert, now, layer) == pytest.approx(ledger.score(expert, now))
+        if not probation_first(ledger, may_go, victim):
+            lowest = min(ledger.score(e, now) for e in may_go)
+            assert ledger.score(victim, now) == pytest.approx(lowest, rel=1e-9)
+
+    replay(rule, script, judge)
+
+
+@given(steps)
+def test_expected_next_use_equals_the_rule_recomputed_from_every_use(script: list[Step]) -> None:
+    rule = ExpectedNextUse(LAYERS, HALF_LIFE)
+
+    def judge(
+        ledger: Ledger, may_go: set[ExpertId], victim: ExpertId, now: float, layer: int
+    ) -> None:
+        for expert in set(ALL) - set(ledger.probation):
+            expected = ledger.next_use(expert, now, layer)
+            got = -rule.worth(expert, now, layer)
+            assert got == pytest.approx(expected) or (expected == math.inf and got > 1e300)
+        if not probation_first(ledger, may_go, victim):
+            latest = max(ledger.next_use(e, now, layer) for e in may_go)
+            assert ledger.next_use(victim, now, layer) == pytest.approx(latest, rel=1e-9)
+
+    replay(rule, script, judge)
+
+
+class NaiveS3Fifo:
+    """The published pseudocode on plain lists, newest first, for a cache that is full."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.small: list[ExpertId] = []
+        self.main: list[ExpertId] = []
+        self.ghost: list[ExpertId] = []
+        self.uses: dict[ExpertId, int] = {}
+
+    def read(self, expert: ExpertId) -> bool:
+        if expert in self.small or expert in self.main:
+            self.uses[expert] = min(self.uses[expert] + 1, 3)
+            return True
+        while len(self.small) + len(self.main) >= self.slots:
+            if len(self.small) >= 0.1 * self.slots:
+                self.evict_small()
+            else:
+                self.evict_main()
+        if expert in self.ghost:
+            self.ghost.remove(expert)
+            self.main.insert(0, expert)
+        else:
+            self.small.insert(0, expert)
+        self.uses[expert] = 0
+        return False
+
+    def evict_small(self) -> None:
+        while self.small:
+            tail = self.small.pop()
+            if self.uses[tail] > 1:
+                self.main.insert(0, tail)
+                self.uses[tail] = 0
+                if len(self.main) > round(0.9 * self.slots):
+                    self.evict_main()
+                    return
+            else:
+                self.ghost.insert(0, tail)
+                del self.ghost[max(1, round(0.9 * self.slots)) :]
+                return
+        self.evict_main()
+
+    def evict_main(self) -> None:
+        while self.main:
+            tail = self.main.pop()
+            if not self.uses[tail]:
+                return
+            self.uses[tail] -= 1
+            self.main.insert(0, tail)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, len(ALL) + 8), max_size=300))
+def test_s3_fifo_equals_the_published_pseudocode(slots: int, requests: list[int]) -> None:
+    rule, naive, residents = S3Fifo(), NaiveS3Fifo(slots), set[ExpertId]()
+    for now, number in enumerate(requests):
+        expert = ExpertId(0, number)
+        hit = expert in residents
+        rule.used(expert, float(now))
+        if not hit:
+            if len(residents) == slots:
+                victim = rule.victim(residents.__contains__, float(now), 0)
+                assert victim is not None
+                rule.removed(victim)
+                residents.remove(victim)
+            rule.admitted(expert, float(now), prefetched=False)
+            residents.add(expert)
+        assert naive.read(expert) == hit
+        assert residents == {*naive.small, *naive.main}
+
+
+@given(steps)
+def test_s3_fifo_never_evicts_what_must_stay(script: list[Step]) -> None:
+    rule = S3Fifo()
+
+    def judge(
+        ledger: Ledger, may_go: set[ExpertId], victim: ExpertId, now: float, layer: int
+    ) -> None:
+        absent = [e for e in ALL if e not in ledger.residents]
+        assert all(rule.worth(victim, now, layer) < rule.worth(e, now, layer) for e in absent)
+
+    replay(rule, script, judge)
+
+
+def test_s3_fifo_does_not_count_the_use_a_prefetch_was_made_for() -> None:
+    for prefetched in (False, True):
+        rule = S3Fifo()
+        for expert in ALL[:2]:
+            if not prefetched:
+                rule.used(expert, 0.0)
+            rule.admitted(expert, 0.0, prefetched=prefetched)
+            if prefetched:
+                rule.used(expert, 0.0)
+        rule.used(ALL[0], 1.0)
+        assert rule.victim(lambda e: True, 1.0, 0) == ALL[0], "one more use is not enough"
+        rule.used(ALL[0], 1.0)
+        assert rule.victim(lambda e: True, 1.0, 0) == ALL[1], "two more uses are"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e5), st.floats(0.01, 40)), min_size=1, max_size=40))
+def test_scores_stay_exact_over_long_times(gaps: list[tuple[float, float]]) -> None:
+    scores, now, naive = DecayedScores(HALF_LIFE), 0.0, 0.0
+    for gap, weight in gaps:
+        now += gap
+        naive = naive * 0.5 ** (gap / HALF_LIFE) + weight
+        scores.use(ALL[0], now, weight)
+    assert scores.score(ALL[0], now) == pytest.approx(naive, rel=1e-6)
+
+
+def serve(
+    rule: Eviction,
+    passes: list[list[list[int]]],
+    slots: int,
+    warm_up: int = 0,
+    events: list[int] | None = None,
+) -> float:
+    """Play demands [pass][layer] through `slots`, loading every miss; return the hit rate.
+
+    `events` collects the number of protocol calls.
+    """
+    residents: set[ExpertId] = set()
+    hits = uses = calls = 0
+    for now, layers in enumerate(passes):
+        for layer, demanded in enumerate(layers):
+            needed = {ExpertId(layer, expert) for expert in demanded}
+            may_go = lambda e, needed=needed: e not in needed  # noqa: E731
+            for expert in sorted(needed):
+                calls += 1
+                rule.used(expert, float(now))
+                if now >= warm_up:
+                    uses += 1
+                    hits += expert in residents
+            for expert in sorted(needed - residents):
+                if len(residents) == slots:
+                    victim = rule.victim(may_go, float(now), layer)
+                    assert victim is not None
+                    rule.removed(victim)
+                    residents.remove(victim)
+                    calls += 2
+                rule.admitted(expert, float(now), prefetched=False)
+                residents.add(expert)
+                calls += 1
+    if events is not None:
+        events.append(calls)
+    return hits / uses
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_in_a_cycle_expected_next_use_keeps_a_share_where_lru_keeps_nothing(share: float) -> None:
+    layers, experts = 12, 16
+    passes = [[list(range(experts)) for _ in range(layers)] for _ in range(40)]
+    slots = int(share * layers * experts)
+    ours = serve(ExpectedNextUse(layers), passes, slots, warm_up=4)
+    # A layer's own experts must all be here at once, so up to one layer's worth turns over.
+    assert (slots - experts) / (layers * experts) <= ours <= share
+    assert serve(Lru(), passes, slots, warm_up=4) == 0.0
+
+
+def skewed(
+    passes: int, layers: int, experts: int, top_k: int, seed: int = 0
+) -> list[list[list[int]]]:
+    """Independent choices with a fixed skew per layer: what frequency is made for."""
+    draw = random.Random(seed)
+    favourites = [draw.sample(range(experts), experts) for _ in range(layers)]
+    weights = [1 / (rank + 1) for rank in range(experts)]
+    chosen = []
+    for _ in range(passes):
+        one = []
+        for order in favourites:
+            picked: set[int] = set()
+            while len(picked) < top_k:
+                picked.update(draw.choices(order, weights))
+            one.append(sorted(picked))
+        chosen.append(one)
+    return chosen
+
+
+def test_frequency_rules_beat_lru_where_the_skew_is_fixed() -> None:
+    passes = skewed(400, 6, 32, 4)
+    lru, frequency, ours, s3 = (
+        serve(rule, passes, 48, warm_up=100)
+        for rule in (Lru(), DecayedFrequency(), ExpectedNextUse(6), S3Fifo())
+    )
+    assert frequency > lru + 0.02
+    assert ours > lru + 0.02
+    assert s3 > lru + 0.02
+
+
+@pytest.mark.parametrize("make", [DecayedFrequency, lambda: ExpectedNextUse(8)])
+def test_heap_operations_are_bounded_by_the_calls(
+    make: Callable[[], DecayedFrequency | ExpectedNextUse],
+) -> None:
+    for size in (16, 64):
+        rule, calls = make(), list[int]()
+        serve(rule, skewed(200, 8, size, 4), 2 * size, events=calls)
+        assert 0 < rule.heap_operations <= 2 * calls[0], size
+
+
+def test_a_use_costs_no_heap_operation() -> None:
+    rule = ExpectedNextUse(LAYERS)
+    for expert in ALL:
+        rule.admitted(expert, 0.0, prefetched=False)
+    before = rule.heap_operations
+    for now, expert in itertools.product(range(50), ALL):
+        rule.used(expert, float(now))
+    assert rule.heap_operations == before
+
+
+@pytest.mark.parametrize("rule", [DecayedFrequency(), ExpectedNextUse(LAYERS)])
+def test_an_unused_prefetch_goes_first_once_it_may_and_a_used_one_does_not(rule: Eviction) -> None:
+    cold, guess = ExpertId(0, 0), ExpertId(1, 0)
+    rule.used(cold, 0.0)
+    rule.admitted(cold, 0.0, prefetched=False)
+    for now in range(10):
+        rule.used(guess, float(now))
+    rule.admitted(guess, 10.0, prefetched=True)
+    assert rule.victim(lambda e: e != guess, 10.0, 0) == cold, "protected until its layer"
+    assert rule.victim(lambda e: True, 10.0, 1) == guess
+    rule.used(guess, 10.0)
+    assert rule.victim(lambda e: True, 10.0, 1) == cold
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(EVICTIONS)), steps)
+def test_every_rule_names_a_victim_exactly_when_someone_may_go(name: str, script: list[Step]) -> None:
+    rule = make_eviction(name, LAYERS)
+    replay(rule, script, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", sorted(EVICTIONS))
+def test_an_expert_cannot_get_a_second_slot(name: str) -> None:
+    rule = make_eviction(name, LAYERS)
+    rule.admitted(ALL[0], 0.0, prefetched=False)
+    with pytest.raises(AssertionError, match="has a slot already"):
+        rule.admitted(ALL[0], 1.0, prefetched=False)
+
+
+def test_an_unknown_rule_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'fifo'"):
+        make_eviction("fifo", LAYERS)
