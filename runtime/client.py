@@ -76,6 +76,10 @@ class EngineClient(Protocol):
         """Let experts be copied ahead of their layer, or not, from the next token on."""
         ...
 
+    def reset_predictor(self) -> None:
+        """Forget what the predictor of the loaded model learned here; the shipped start stays."""
+        ...
+
     def close(self) -> None:
         """End the engine and wait for it; safe to call twice."""
         ...
