@@ -43,6 +43,7 @@ class ExpectedNextUse:
         # The last turn of layers still to come in this pass was one token ago.
         self._log_last_turn = (turns[None, :] > turns[:, None]) / half_life_tokens
         self._costs = np.empty(layers)
+        self._seen_from: tuple[float, int] | None = None
 
     @property
     def heap_operations(self) -> int:
@@ -55,7 +56,7 @@ class ExpectedNextUse:
     def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
         key = self._residents[expert.layer].add(expert)
         if key < self._bounds[expert.layer]:
-            self._bounds[expert.layer] = key
+            self._set_bound(expert.layer, key)
         if prefetched:
             self._probation[expert] = None
 
@@ -67,43 +68,53 @@ class ExpectedNextUse:
         for expert in self._probation:
             if may_go(expert):
                 return expert
-        log_now = now / self._scores.half_life_tokens - self._log_share
+        if (now, layer) != self._seen_from:
+            self._look_from(now, layer)
         costs = self._costs
-        np.subtract(log_now, self._bounds, out=costs)
-        costs -= self._log_last_turn[layer]
-        np.minimum(costs, FAR, out=costs)
-        np.exp2(costs, out=costs)
-        np.maximum(costs, 1.0, out=costs)
-        costs += self._wait_passes[layer]
         kept: list[tuple[float, ExpertId]] = []
         found = None
-        while (best := int(costs.argmax())) >= 0 and costs[best] > NEVER:
-            entry = self._residents[best].lowest()
+        while costs[turn := int(costs.argmax())] > NEVER:
+            entry = self._residents[turn].lowest()
             if entry is None:
-                self._bounds[best], costs[best] = math.inf, NEVER
-            elif entry[0] != self._bounds[best]:
-                self._bounds[best] = entry[0]
-                costs[best] = self._passes(best, entry[0], log_now, layer)
+                self._bounds[turn], costs[turn] = math.inf, NEVER
+            elif entry[0] != self._bounds[turn]:
+                self._set_bound(turn, entry[0])
             elif may_go(entry[1]):
                 found = entry[1]
                 break
             else:
-                kept.append(self._residents[best].set_aside())
-        for entry in kept:
-            turn = entry[1].layer
-            self._residents[turn].put_back(entry)
-            self._bounds[turn] = min(self._bounds[turn], entry[0])
+                kept.append(self._residents[turn].set_aside())
+        for entry in reversed(kept):
+            self._residents[entry[1].layer].put_back(entry)
+            self._set_bound(entry[1].layer, entry[0])
         return found
 
     def worth(self, expert: ExpertId, now: float, layer: int) -> float:
         """Return minus the expected passes until the next use; minus infinity on probation."""
         if expert in self._probation:
             return NEVER
-        log_now = now / self._scores.half_life_tokens - self._log_share
         key = self._scores.keys.get(expert, NEVER)
-        return 1.0 - self._passes(expert.layer, key, log_now, layer)
+        return 1.0 - self._passes(expert.layer, key, now, layer)
 
-    def _passes(self, turn: int, key: float, log_now: float, layer: int) -> float:
+    def _look_from(self, now: float, layer: int) -> None:
+        """Work out `_costs` of all layers; they hold for every victim asked for from here."""
+        self._seen_from = (now, layer)
+        costs = self._costs
+        log_now = now / self._scores.half_life_tokens - self._log_share
+        np.subtract(log_now, self._bounds, out=costs)
+        costs -= self._log_last_turn[layer]
+        np.minimum(costs, FAR, out=costs)
+        np.exp2(costs, out=costs)
+        np.maximum(costs, 1.0, out=costs)
+        costs += self._wait_passes[layer]
+
+    def _set_bound(self, turn: int, key: float) -> None:
+        self._bounds[turn] = key
+        if self._seen_from is not None:
+            self._costs[turn] = self._passes(turn, key, *self._seen_from)
+
+    def _passes(self, turn: int, key: float, now: float, layer: int) -> float:
         """Return the expected passes until the next use, plus 1."""
+        log_now = now / self._scores.half_life_tokens - self._log_share
         exponent = min(log_now - key - float(self._log_last_turn[layer, turn]), FAR)
         return float(max(2.0**exponent, 1.0) + self._wait_passes[layer, turn])
