@@ -36,7 +36,7 @@ _Signal = Literal["stop", "suspend", "abandon", "end"]
 
 @dataclass(frozen=True)
 class LiveAnswer:
-    """An answer being written. `version` changes whenever anything else here does.
+    """An answer being written, of so many `tokens`. `version` changes whenever anything else does.
 
     `started_s` is seconds since 1970. No two versions of one app run are equal. `notice` says why
     the text cannot be saved just now; it is kept and saved once that passes.
@@ -49,6 +49,7 @@ class LiveAnswer:
     started_s: float
     version: int
     notice: str = ""
+    tokens: int = 0
 
 
 class Answer:
@@ -153,7 +154,7 @@ class Answer:
                 return "failed", {}, "The engine ended this answer without saying why."
 
     def _append(self, delta: Delta) -> None:
-        now = self._now
+        now = replace(self._now, tokens=self._now.tokens + len(delta.token_ids))
         if delta.kind == "reasoning":
             self._tell(replace(now, reasoning=now.reasoning + delta.text, state="reasoning"))
         else:

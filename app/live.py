@@ -9,11 +9,13 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from app.panel import Limit, limit
+from app.panel import limit
+from app.prediction import PredictionView, PredictionWatch
 from runtime.client import EngineClient
 from runtime.core import EngineStatus, TelemetrySnapshot
 
@@ -24,11 +26,12 @@ KEEP_ALIVE_S = 5.0
 class LiveFeed:
     """Owns the producer task; used from the server's event loop, except `stop`."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, prediction: PredictionWatch) -> None:
         self._engine = engine
+        self._prediction = prediction
         self._listeners: set[asyncio.Event] = set()
         self._event = b""
-        self._seen: tuple[EngineStatus, TelemetrySnapshot | None] | None = None
+        self._seen: tuple[EngineStatus, TelemetrySnapshot | None, PredictionView] | None = None
         self._producer: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
@@ -84,7 +87,8 @@ class LiveFeed:
 
     def _produce(self) -> bool:
         """Serialise the engine's picture if it changed; return whether it did."""
-        seen = (self._engine.status(), self._engine.snapshot())
+        status, snapshot = self._engine.status(), self._engine.snapshot()
+        seen = (status, snapshot, self._prediction.view(status, snapshot))
         if seen == self._seen:
             return False
         self._seen = seen
@@ -93,14 +97,24 @@ class LiveFeed:
         return True
 
 
-def payload(status: EngineStatus, snapshot: TelemetrySnapshot | None) -> str:
-    """Return the JSON of one event: `status`, `snapshot` or null, and what limits speed now."""
-    slowest: Limit = limit(status, snapshot)
+def payload(
+    status: EngineStatus, snapshot: TelemetrySnapshot | None, prediction: PredictionView
+) -> str:
+    """Return the JSON of one event: `status`, `snapshot` or null, `prediction`, and what limits
+    speed now."""
     return json.dumps(
         {
             "status": dataclasses.asdict(status),
-            "snapshot": None if snapshot is None else dataclasses.asdict(snapshot),
-            "limit": dataclasses.asdict(slowest),
+            "snapshot": None if snapshot is None else _picture(snapshot),
+            "prediction": dataclasses.asdict(prediction),
+            "limit": dataclasses.asdict(limit(status, snapshot, prediction.on)),
         },
         separators=(",", ":"),
     )
+
+
+def _picture(snapshot: TelemetrySnapshot) -> dict[str, Any]:
+    """Return the snapshot with the waits of its layers in whole microseconds: a third as long."""
+    record = dataclasses.asdict(snapshot)
+    record["stall_s_by_layer"] = [round(stall_s, 6) for stall_s in snapshot.stall_s_by_layer]
+    return record

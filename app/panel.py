@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.core import EngineStatus, TelemetrySnapshot
+from app.policies import policy_text
+from runtime.core import POLICIES, EngineStatus, TelemetrySnapshot
 
 Cause = Literal[
     "link", "cpu", "device", "prompt", "idle", "empty", "loading", "starting", "restarting", "dead"
@@ -21,8 +22,13 @@ class Limit:
     advice: str = ""
 
 
-def limit(status: EngineStatus, snapshot: TelemetrySnapshot | None) -> Limit:
-    """Return what limits the speed of this engine now. Emulated figures say so."""
+def limit(
+    status: EngineStatus, snapshot: TelemetrySnapshot | None, prediction: bool = True
+) -> Limit:
+    """Return what limits the speed of this engine now. Emulated figures say so.
+
+    `prediction` is what a person chose; where that costs speed, the advice says so.
+    """
     if status.state == "starting":
         return Limit("starting", "The engine is starting.", "This takes some seconds.")
     if status.state == "restarting":
@@ -43,7 +49,7 @@ def limit(status: EngineStatus, snapshot: TelemetrySnapshot | None) -> Limit:
         return Limit("empty", "No model is loaded.", "Choose a model at the top.")
     if not snapshot.generating:
         return Limit("idle", "Nothing is running.", "Send a message to see the experts move.")
-    return _running(snapshot)
+    return _running(snapshot, prediction)
 
 
 def _loading(status: EngineStatus) -> Limit:
@@ -69,7 +75,7 @@ def shown_name(model: str) -> str:
     return parts[-1] or model
 
 
-def _running(now: TelemetrySnapshot) -> Limit:
+def _running(now: TelemetrySnapshot, prediction: bool) -> Limit:
     token_s = now.token_s
     if token_s <= 0:
         return Limit(
@@ -81,7 +87,8 @@ def _running(now: TelemetrySnapshot) -> Limit:
     cpu_s = min(now.cpu_s_per_token, token_s)
     rest_s = max(0.0, token_s - link_s - cpu_s)
     if link_s >= cpu_s and link_s >= rest_s:
-        return Limit("link", _sentence(now, _link_text(now, link_s)), _cache_advice(now, "link"))
+        advice = _link_advice(now, prediction) or _cache_advice(now, "link")
+        return Limit("link", _sentence(now, _link_text(now, link_s)), advice)
     if cpu_s >= rest_s:
         text = f"Experts computed on the CPU take {_part(cpu_s, token_s)}."
         return Limit("cpu", _sentence(now, text), _cache_advice(now, "cpu"))
@@ -104,12 +111,36 @@ def _link_text(now: TelemetrySnapshot, link_s: float) -> str:
     return text + "."
 
 
+def _link_advice(now: TelemetrySnapshot, prediction: bool) -> str:
+    """Return what prediction could do about waiting for the link, or how it fares; "" if fine."""
+    if not policy_text(now.policy).predicts:
+        all_fit = now.cache_slots >= now.layers * now.experts
+        if now.policy == "hybrid" and "prescope" in POLICIES and not all_fit:
+            return (
+                "The policy PreScope also copies experts ahead, where that pays: "
+                "choose it in the settings."
+            )
+        return ""
+    if not prediction:
+        return "Prediction is off: switched on, experts are copied before their layer asks."
+    in_time, late, wasted = now.prefetch_bytes_per_token
+    if late > in_time + wasted:
+        return "Most of what is copied ahead comes late: the link is full, a larger cache helps."
+    if wasted > in_time + late:
+        return "Most of what is copied ahead goes unused: the figures below say what it brings."
+    return ""
+
+
 def _cache_advice(now: TelemetrySnapshot, cause: Literal["link", "cpu"]) -> str:
     total = now.layers * now.experts
-    if now.policy in ("on-demand", "cpu-miss"):
-        return "The hybrid policy splits the misses between link and CPU: try it in the settings."
     if now.policy == "cpu-only":
         return "Every expert runs on the CPU: a device with memory for some of them is faster."
+    if not policy_text(now.policy).splits:
+        best = "prescope" if "prescope" in POLICIES else "hybrid"
+        return (
+            f"The policy {policy_text(best).label} splits the misses between link and CPU: "
+            "choose it in the settings."
+        )
     if now.cache_slots < total:
         return (
             f"{now.cache_slots:,} of {total:,} experts fit in the cache and "

@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse
 from app.history import History
 from app.live import LiveFeed
 from app.models import ModelShelf
+from app.prediction import PredictionWatch
 from app.security import Guard
 from app.session import ChatSessions
 from app.settings import SettingsStore, write_private
@@ -75,7 +76,8 @@ class AppServer:
     def _open(self, port: int, engine: EngineClient, ui: ModuleType | Any) -> None:
         self.sessions = ChatSessions(self.history, self.settings, engine)
         self.models = ModelShelf(self.settings, default_folder=DEFAULT_MODEL)
-        self.feed = LiveFeed(engine)
+        prediction = PredictionWatch(self.settings, engine, self.sessions.progress)
+        self.feed = LiveFeed(engine, prediction)
         self._socket = bind_loopback(port)
         self.port: int = self._socket.getsockname()[1]
         self.app = asyncio.run(self._build(ui))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from app.answer import Answer, LiveAnswer
 from app.history import UNTITLED, ConversationSummary, History, StoredMessage
-from app.settings import SettingsStore
+from app.pace import Progress
+from app.settings import Settings, SettingsStore
 from runtime.client import EngineClient
-from runtime.core import Message
+from runtime.core import GenerationChunk, Message
 from runtime.errors import BusyError, RequestError
 
 __all__ = [
@@ -58,6 +60,7 @@ class ChatSessions:
         self._changed = threading.Condition()
         self._answers: dict[str, Answer] = {}
         self._versions = itertools.count(1)
+        self._progress = Progress()
 
     def conversations(self, query: str = "") -> list[ConversationSummary]:
         """Return the newest conversations first; with a query, those that contain its words."""
@@ -154,6 +157,11 @@ class ChatSessions:
         """Return how many answers are under way."""
         return len(self._answers)
 
+    def progress(self) -> Progress:
+        """Return how many tokens all answers have brought, and when the last one came."""
+        with self._changed:
+            return replace(self._progress, answering=len(self._answers))
+
     def close(self) -> None:
         """Save every answer under way as it is and end it; the engine stays open."""
         with self._changed:
@@ -175,19 +183,32 @@ class ChatSessions:
             history=self._history,
             message_id=answer_id,
             settled=settled,
-            open_stream=lambda: self._engine.generate(id, prompt, settings.sampling),
+            open_stream=lambda: self._ask(id, prompt, settings),
             publish=lambda now: self._publish(id, now),
             on_end=lambda: self._end(id, answer_id),
         )
         self._answers[id] = answer
+        self._progress = replace(self._progress, started=self._progress.started + 1)
         self._publish(id, answer.live)
         answer.start()
+
+    def _ask(self, id: str, prompt: list[Message], settings: Settings) -> Iterator[GenerationChunk]:
+        if not settings.prediction:  # an engine that was started again since begins with it on
+            self._engine.set_prediction(False)
+        return self._engine.generate(id, prompt, settings.sampling)
 
     def _publish(self, id: str, now: LiveAnswer) -> None:
         """Let every page that waits see `now`, under a version of its own."""
         with self._changed:
             answer = self._answers.get(id)
             if answer is not None and answer.message_id == now.message_id:
+                fresh = now.tokens - answer.live.tokens
+                if fresh:
+                    self._progress = replace(
+                        self._progress,
+                        tokens=self._progress.tokens + fresh,
+                        last_token_s=time.monotonic(),
+                    )
                 answer.live = replace(now, version=next(self._versions))
                 self._changed.notify_all()
 

@@ -39,6 +39,7 @@ class Settings:
     model: str = "default"
     model_folders: tuple[str, ...] = ()
     policy: PolicyName | None = None
+    prediction: bool = True
     emulated: EmulatedMachine = field(default_factory=EmulatedMachine)
     cache_fraction: float | None = None
     vram_bytes: int | None = None
@@ -80,6 +81,12 @@ def _choice(*options: str) -> Check:
     return check
 
 
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > _MAX_TEXT or "\x00" in value:
         raise ValueError(f"text of at most {_MAX_TEXT} characters")
@@ -113,6 +120,7 @@ _CHECKS: dict[str, Check | dict[str, Check]] = {
     "model": _text,
     "model_folders": _texts,
     "policy": _optional(_choice(*POLICIES)),
+    "prediction": _flag,
     "emulated": {
         "link_bytes_per_s": _RATE,
         "link_call_s": _DELAY,

@@ -17,7 +17,7 @@ from app.settings import SettingsStore
 from app.ui_events import ChatEvents
 from app.ui_layout import Parts, lay_out
 from app.ui_models import ModelEvents
-from app.ui_settings import Field, SettingsEvents, drawer
+from app.ui_settings import Drawer, SettingsEvents, drawer
 from app.ui_theme import FAVICON, head, theme
 from runtime.client import EngineClient
 
@@ -38,13 +38,13 @@ def build_ui(
     )
     with blocks:
         parts = lay_out()
-        fields, reload = drawer()
+        made = drawer()
         chat = ChatEvents(parts, sessions)
         model = ModelEvents(parts, settings_store, engine, models)
-        settings = SettingsEvents(fields, settings_store, engine)
+        settings = SettingsEvents(made.fields, settings_store, engine)
         _wire_chat(blocks, parts, chat)
-        _wire_models(blocks, parts, model, reload, fields["model_folders"])
-        _wire_settings(blocks, parts, settings, fields)
+        _wire_models(blocks, parts, model, made.reload)
+        _wire_settings(blocks, parts, settings, made)
     return blocks
 
 
@@ -101,9 +101,7 @@ def _wire_chat(blocks: gr.Blocks, parts: Parts, on: ChatEvents) -> None:
     p.earlier.show_earlier(on.grown, [p.conv, p.earlier], shown, **_QUICK)
 
 
-def _wire_models(
-    blocks: gr.Blocks, parts: Parts, on: ModelEvents, reload: gr.Button, folders: Field
-) -> None:
+def _wire_models(blocks: gr.Blocks, parts: Parts, on: ModelEvents, reload: gr.Button) -> None:
     blocks.load(on.listed, None, parts.model, **_QUICK)
     parts.model.focus(on.listed, None, parts.model, **_QUICK)
     parts.load.click(on.loaded, parts.model, parts.status, **_QUICK)
@@ -111,9 +109,8 @@ def _wire_models(
     parts.status.cancel_load(on.cancelled, None, None, **_QUICK)
 
 
-def _wire_settings(
-    blocks: gr.Blocks, parts: Parts, on: SettingsEvents, fields: dict[str, Field]
-) -> None:
+def _wire_settings(blocks: gr.Blocks, parts: Parts, on: SettingsEvents, made: Drawer) -> None:
+    fields = made.fields
     blocks.load(on.read, None, [field.component for field in fields.values()], **_QUICK)
     for name, field in fields.items():
         # A text box's `input` misses pasting and deleting; `change` also follows our own reading,
@@ -126,3 +123,8 @@ def _wire_settings(
     fields["theme"].component.change(
         None, fields["theme"].component, None, js="(name) => PreScope.setTheme(name)"
     )
+    for switch in (parts.panel, made.learning):
+        switch.switch_prediction(
+            on.switched, None, parts.status, trigger_mode="always_last", **_QUICK
+        )
+    made.learning.forget_learned(on.forgot, None, made.learning, **_QUICK)

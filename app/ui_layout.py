@@ -75,6 +75,7 @@ class Parts:
     live: gr.Chatbot
     box: gr.Textbox
     pulse: gr.HTML
+    panel: gr.HTML
 
 
 def lay_out() -> Parts:
@@ -141,15 +142,15 @@ def lay_out() -> Parts:
                 _html(_HINT, elem_id="hint")
             pulse = _live_html("", "pulse", "pulse")
         with gr.Column(elem_id="right", min_width=0, scale=0):
-            gr.HTML(
+            panel = gr.HTML(
                 html_template=part("panel.html"),
-                js_on_load="PreScope.panel(element)",
+                js_on_load="PreScope.panel(element, trigger); 'switch_prediction'",
                 apply_default_css=False,
                 elem_id="panel",
             )
     _html("", elem_id="scrim")
     return Parts(
-        conv, new, search, clist, model, load, status, earlier, hello, chat, live, box, pulse
+        conv, new, search, clist, model, load, status, earlier, hello, chat, live, box, pulse, panel
     )
 
 

@@ -9,20 +9,16 @@ from typing import Any
 
 import gradio as gr
 
+from app.policies import policy_choices
 from app.settings import Settings, SettingsStore
 from app.ui_theme import part
 from runtime.client import EngineClient
-from runtime.core import POLICIES, SamplingParams
+from runtime.core import SamplingParams
 from runtime.errors import PreScopeError
 
 MEGA = 1e6
 GIGA = 1e9
-_POLICY_LABELS = {
-    "on-demand": "On demand: copy every miss over the link",
-    "cpu-miss": "CPU: compute every miss there",
-    "hybrid": "Hybrid: split misses between link and CPU",
-    "cpu-only": "CPU only: no card",
-}
+_AUTOMATIC = "Automatic\nPreScope chooses what suits the model and this machine."
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,18 @@ class Field:
     js: str | None = None
 
 
-def drawer() -> tuple[dict[str, Field], gr.Button]:
-    """Create the drawer inside the current Blocks; return its fields and the reload button."""
+@dataclass(frozen=True)
+class Drawer:
+    """The parts of the drawer that events use. `learning` has the switch of prediction and the
+    button that forgets what the predictor learned."""
+
+    fields: dict[str, Field]
+    reload: gr.Button
+    learning: gr.HTML
+
+
+def drawer() -> Drawer:
+    """Create the drawer inside the current Blocks."""
     made: dict[str, Field] = {}
     with gr.Column(elem_id="drawer", min_width=0):
         gr.HTML(html_template=part("drawer.html"), js_on_load=None, apply_default_css=False)
@@ -72,13 +78,21 @@ def drawer() -> tuple[dict[str, Field], gr.Button]:
             _heading("Experts")
             made["policy"] = Field(
                 gr.Radio(
-                    [("Automatic", "")] + [(_POLICY_LABELS.get(p, p), p) for p in POLICIES],
+                    [(_AUTOMATIC, ""), *policy_choices()],
                     label="Placement policy",
                     info="Changes from the next token on; Automatic from the next load on.",
                     elem_id="set-policy",
                 ),
                 lambda s: s.policy or "",
                 lambda v: {"policy": v or None},
+            )
+            learning = gr.HTML(
+                None,
+                html_template=part("learning.html"),
+                js_on_load="PreScope.learning(element, props, trigger, watch); "
+                "['switch_prediction', 'forget_learned']",
+                apply_default_css=False,
+                elem_id="set-learning",
             )
             made["cache_fraction"] = Field(
                 gr.Number(
@@ -122,7 +136,7 @@ def drawer() -> tuple[dict[str, Field], gr.Button]:
             )
             made |= _emulated()
             reload = gr.Button("Load the model again", size="sm", elem_id="reload")
-    return made, reload
+    return Drawer(made, reload, learning)
 
 
 def _sampling() -> dict[str, Field]:
@@ -230,3 +244,24 @@ class SettingsEvents:
             return {"text": "", "field": name, "n": f"s{next(self._count)}"}
 
         return save
+
+    def switched(self, event: gr.EventData) -> Any:
+        """Turn prediction on or off, now and for every model to come."""
+        try:
+            settings = self._store.update(prediction=event.on)
+            self._engine.set_prediction(settings.prediction)
+        except PreScopeError as error:
+            note = {"text": error.message, "next": error.next_step, "field": "prediction"}
+            return {**note, "n": f"s{next(self._count)}"}
+        return {"text": "", "field": "prediction", "n": f"s{next(self._count)}"}
+
+    def forgot(self) -> dict[str, Any]:
+        """Take the loaded model's predictor back to how it came, and say so beside the button."""
+        mark = next(self._count)
+        if self._engine.status().model is None:
+            return {"text": "No model is loaded.", "bad": True, "n": mark}
+        try:
+            self._engine.reset_predictor()
+        except PreScopeError as error:
+            return {"text": f"{error.message} {error.next_step}".strip(), "bad": True, "n": mark}
+        return {"text": "Forgotten.", "n": mark}

@@ -8,8 +8,18 @@ import gradio as gr
 
 STYLES = Path(__file__).with_name("styles")
 FAVICON = STYLES / "favicon.svg"
-_CSS = ("base.css", "list.css", "chat.css", "panel.css", "drawer.css")
-_JS = ("core.js", "live.js", "heat.js", "panel.js", "list.js", "status.js", "chat.js")
+_CSS = ("base.css", "list.css", "chat.css", "panel.css", "prediction.css", "drawer.css")
+_JS = (
+    "core.js",
+    "live.js",
+    "heat.js",
+    "stalls.js",
+    "prediction.js",
+    "panel.js",
+    "list.js",
+    "status.js",
+    "chat.js",
+)
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Cascadia Mono", "Menlo", "Consolas", "monospace"]
 

@@ -73,7 +73,10 @@ class EngineClient(Protocol):
         ...
 
     def set_prediction(self, on: bool) -> None:
-        """Let experts be copied ahead of their layer, or not, from the next token on."""
+        """Let experts be copied ahead of their layer, or not, from the next token on.
+
+        An engine process begins with it on, whatever it was told before it ended.
+        """
         ...
 
     def reset_predictor(self) -> None:

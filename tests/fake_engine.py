@@ -277,7 +277,9 @@ class FakeEngine:
         random_ = random.Random(self._seed * 104729 + self._sequence)
         phase = self._sequence / 9.0
         busy = self._generating > 0
-        served = tuple(random_.randint(0, 60) if busy else 0 for _ in range(5))
+        served = [random_.randint(0, 60) if busy else 0 for _ in range(5)]
+        if not self._predicts():
+            served[1] = served[2] = 0
         heat = bytes(
             int(63 + 60 * math.sin(phase + layer + expert * 0.7))
             | (0x80 if (expert * 7 + layer * 3 + self._sequence // 8) % 3 == 0 else 0)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ import pytest
 from app import live, server
 from app.history import INTERRUPTED, History
 from app.live import LiveFeed
+from app.pace import Progress
+from app.prediction import PredictionWatch
+from app.settings import SettingsStore
 from runtime.errors import ConfigError
 from tests.fake_engine import FakeEngine
 
@@ -161,7 +165,8 @@ def test_the_page_is_served_to_who_has_the_link(observed: Running) -> None:
 def test_the_stream_tells_status_snapshot_and_limit(observed: Running) -> None:
     record = observed.record()
     event = json.loads(live_event(record))
-    assert set(event) == {"status", "snapshot", "limit"}
+    assert set(event) == {"status", "snapshot", "prediction", "limit"}
+    assert event["prediction"]["on"] is True
     assert set(event["limit"]) == {"cause", "text", "advice"}
     assert event["status"]["state"] in ("loading", "ready", "restarting")
 
@@ -373,7 +378,10 @@ def feed_events(
     monkeypatch.setattr(live, "TICK_S", 0.01)
     monkeypatch.setattr(live, "KEEP_ALIVE_S", 0.05)
     engine = StillEngine()
-    asyncio.run(asyncio.wait_for(script(LiveFeed(engine), engine), SOON_S))
+    with tempfile.TemporaryDirectory() as folder:
+        prediction = PredictionWatch(SettingsStore(Path(folder)), engine, Progress)
+        feed = LiveFeed(engine, prediction)
+        asyncio.run(asyncio.wait_for(script(feed, engine), SOON_S))
     return engine
 
 

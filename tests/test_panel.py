@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import panel
 from app.panel import limit, shown_name
 from runtime.core import EngineStatus, LoadProgress, TelemetrySnapshot
 
@@ -94,17 +95,56 @@ def test_the_cause_and_its_numbers(
     assert found.advice
 
 
+CACHE = "48 of 128 experts fit in the cache and 60 % of the uses hit it"
+ALL_FIT = "All experts will be in place soon"
+ON_CPU = {"stall_s_per_token": 0.0, "cpu_s_per_token": 0.09}
+REACTIVE = ("hybrid", "on-demand")
+PREDICTIVE = ("prescope", *REACTIVE)
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "policies", "words"),
     [
-        ({}, "48 of 128 experts fit in the cache and 60 % of the uses hit it"),
-        ({"policy": "on-demand"}, "The hybrid policy"),
-        ({"policy": "cpu-only"}, "Every expert runs on the CPU"),
-        ({"cache_slots": 128}, "All experts will be in place soon"),
+        ({"policy": "hybrid"}, REACTIVE, CACHE),
+        ({"policy": "hybrid"}, PREDICTIVE, "The policy PreScope also copies experts ahead"),
+        ({"policy": "hybrid", **ON_CPU}, PREDICTIVE, CACHE),
+        ({"policy": "hybrid", "cache_slots": 128}, PREDICTIVE, ALL_FIT),
+        ({"policy": "on-demand"}, REACTIVE, "The policy Hybrid splits the misses"),
+        ({"policy": "on-demand"}, PREDICTIVE, "The policy PreScope splits the misses"),
+        ({"policy": "static-split", **ON_CPU}, PREDICTIVE, "The policy PreScope splits"),
+        ({"policy": "cpu-only", **ON_CPU}, PREDICTIVE, "Every expert runs on the CPU"),
+        ({"policy": "prescope"}, PREDICTIVE, CACHE),
+        ({"policy": "prescope", "cache_slots": 128}, PREDICTIVE, ALL_FIT),
+        (
+            {"policy": "prescope", "prefetch_bytes_per_token": (1.0, 9.0, 2.0)},
+            PREDICTIVE,
+            "comes late: the link is full",
+        ),
+        (
+            {"policy": "prescope", "prefetch_bytes_per_token": (1.0, 2.0, 9.0)},
+            PREDICTIVE,
+            "goes unused",
+        ),
+        (
+            {"policy": "prescope", "prefetch_bytes_per_token": (9.0, 2.0, 1.0)},
+            PREDICTIVE,
+            CACHE,
+        ),
     ],
 )
-def test_the_advice_fits_the_policy_and_the_cache(changes: dict[str, Any], words: str) -> None:
+def test_the_advice_fits_the_policy_and_the_cache(
+    changes: dict[str, Any], policies: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panel, "POLICIES", policies)
     assert words in limit(READY, replace(RUNNING, **changes)).advice
+
+
+def test_waiting_for_the_link_with_prediction_off_names_the_switch() -> None:
+    waiting = replace(RUNNING, policy="prescope")
+    assert "Prediction is off" in limit(READY, waiting, prediction=False).advice
+    assert "Prediction" not in limit(READY, waiting, prediction=True).advice
+    reactive = replace(RUNNING, policy="on-demand")
+    assert "Prediction" not in limit(READY, reactive, prediction=False).advice
 
 
 def test_a_load_under_way_says_who_answers_meanwhile() -> None:

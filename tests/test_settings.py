@@ -30,6 +30,7 @@ usable = st.builds(
     model=st.sampled_from(("default", "/models/a b", "C:\\models\\é")),
     model_folders=st.lists(st.sampled_from(("/a", "/b", "/c")), unique=True).map(tuple),
     policy=st.none() | st.sampled_from(POLICIES),
+    prediction=st.booleans(),
     emulated=st.builds(EmulatedMachine, link_bytes_per_s=st.floats(1, 1e12)),
     cache_fraction=st.none() | st.floats(0, 1),
     vram_bytes=st.none() | st.integers(0, 1 << 40),
@@ -81,6 +82,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("model_folders", "/one"),
     ("model_folders", [1]),
     ("policy", "prescience"),
+    ("prediction", 1),
+    ("prediction", "on"),
+    ("prediction", None),
     ("cache_fraction", 1.5),
     ("cache_fraction", float("nan")),
     ("vram_bytes", -1),
@@ -154,6 +158,13 @@ def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
     store = SettingsStore(tmp_path)
     assert (store.current().theme, store.notices) == ("dark", [])
+
+
+def test_a_file_from_before_prediction_has_it_on(tmp_path: Path) -> None:
+    record = {"version": VERSION, "policy": "hybrid"}
+    (tmp_path / FILE_NAME).write_text(json.dumps(record))
+    store = SettingsStore(tmp_path)
+    assert (store.current().prediction, store.notices) == (True, [])
 
 
 def test_another_version_is_named_and_kept(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from app.answer import LiveAnswer
 from app.history import ConversationSummary, StoredMessage
+from app.policies import policy_choices, policy_text
 from app.ui_rows import figures, list_rows, live_rows, settled_rows, turn_at
 from app.ui_text import JOINER, escaped, inert, plain
+from runtime.core import POLICIES
 
 STYLES = Path(__file__).resolve().parent.parent / "app" / "styles"
 OPENS_TAG = re.compile(r"<[A-Za-z/!?]")
@@ -106,6 +108,38 @@ def test_chats_stand_under_the_day_they_were_last_used() -> None:
     ]
     assert value["query"] == "x"
     assert value["rows"][0]["title"] == "New chat"
+
+
+COMING = (
+    "prescope",
+    "hybrid",
+    "moe-infinity",
+    "on-demand",
+    "cpu-miss",
+    "static-split",
+    "layer-stream",
+    "cpu-only",
+)
+
+
+def test_every_policy_is_described_and_told_apart() -> None:
+    texts = [text for text, _ in policy_choices((*POLICIES, *COMING))]
+    labels = [text.split("\n")[0] for text in texts]
+    assert len(set(labels)) == len({*POLICIES, *COMING})
+    for text in texts:
+        label, what = text.split("\n")
+        assert what.endswith("."), text
+        assert len(text) <= 150
+    assert [name for name in COMING if policy_text(name).predicts] == ["prescope", "moe-infinity"]
+    named = "\n".join(texts).replace("\N{NON-BREAKING HYPHEN}", "-")
+    for engine in ("FreeToken", "Mixtral-offloading", "Fiddler", "--cpu-moe", "--n-cpu-moe"):
+        assert engine in named
+    assert "LM Studio" in named
+    assert "accelerate" in named
+
+
+def test_a_policy_without_a_text_goes_by_its_name() -> None:
+    assert policy_choices(("brand-new",)) == [("brand-new", "brand-new")]
 
 
 MARKS = st.sampled_from(

@@ -34,7 +34,7 @@ PreScope.heat = (canvas, tip) => {
     if (!cells || !canvas.parentElement) return;
     if (!ramps) readRamps();
     const { layers, experts } = shape;
-    const width = canvas.parentElement.clientWidth;
+    const width = canvas.clientWidth;
     if (!width) return;
     const dpr = devicePixelRatio || 1;
     const cw = width / experts;

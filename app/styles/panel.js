@@ -1,6 +1,6 @@
 /* The live panel: one tick in, text and small canvases out. Text nodes are touched only when
    they change, so nothing flickers and nothing reflows. */
-PreScope.panel = (element) => {
+PreScope.panel = (element, trigger) => {
   "use strict";
   const { fixed, rate, bytes, seconds, colour, on } = PreScope;
   const REDUCED = matchMedia("(prefers-reduced-motion: reduce)");
@@ -13,6 +13,8 @@ PreScope.panel = (element) => {
   const legend = [...at.legend.children].map((li) => li.querySelector("b"));
   const lines = { tps: [], link: [] };
   const heat = PreScope.heat(at.heat, at.tip);
+  const stalls = PreScope.stalls(at.stalls, at.tip, at.stallmax);
+  const ahead = PreScope.prediction(at, trigger);
   let last = null;
   let lastTick = performance.now();
   let linkState = "connecting";
@@ -85,7 +87,7 @@ PreScope.panel = (element) => {
     at.state.title = device;
   };
 
-  const draw = ({ status, snapshot: s, limit }) => {
+  const draw = ({ status, snapshot: s, limit, prediction }) => {
     lastTick = performance.now();
     root.classList.remove("stale");
     head(status, s);
@@ -98,7 +100,8 @@ PreScope.panel = (element) => {
       text(at.advice, "");
     }
     const emulated = Boolean(s?.emulated);
-    at.emulated.hidden = at.linktag.hidden = at.vramtag.hidden = !emulated;
+    at.emulated.hidden = at.linktag.hidden = at.vramtag.hidden = at.aheadtag.hidden = !emulated;
+    ahead.draw(prediction, s);
     if (!s) { root.classList.add("empty"); return; }
     root.classList.remove("empty");
     device = s.device;
@@ -173,6 +176,7 @@ PreScope.panel = (element) => {
     PreScope.ticks = (PreScope.ticks || 0) + 1;
     drawLines();
     heat.draw(s);
+    stalls.draw(s);
   };
 
   on("live", draw);
@@ -181,8 +185,9 @@ PreScope.panel = (element) => {
     head(PreScope.latest.live?.status, last);
     root.classList.toggle("stale", state === "lost");
   });
-  on("theme", () => { drawLines(); heat.redraw(); });
-  new ResizeObserver(() => { drawLines(); heat.redraw(); }).observe(root);
+  const redraw = () => { drawLines(); heat.redraw(); stalls.redraw(); };
+  on("theme", redraw);
+  new ResizeObserver(redraw).observe(root);
   setInterval(() => {
     const quiet = performance.now() - lastTick > STALE_MS;
     if (!document.hidden && (linkState === "lost" || (quiet && last?.generating))) root.classList.add("stale");
