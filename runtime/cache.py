@@ -2,16 +2,17 @@
 
 Pure bookkeeping, no torch. One thread owns the table. A slot goes FREE -> LOADING -> READY ->
 FREE; a pinned or loading slot is never a victim; evicting is forgetting, because the master copy
-of every expert stays in the store.
+of every expert stays in the store. Who goes is decided by an `Eviction`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 
 
 class SlotState(Enum):
@@ -30,17 +31,23 @@ class Slot:
     unused_prefetch_bytes: int = 0
 
 
+def _nobody(expert: ExpertId) -> bool:
+    return False
+
+
 class CacheTable:
-    """Slots of one global pool over all layers, evicted least recently used first.
+    """Slots of one global pool over all layers.
 
     `capacity` may shrink and grow below the number of slots that were allocated: slots from
     `capacity` up are emptied as soon as nobody pins or fills them.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, eviction: Eviction) -> None:
         self._slots = [Slot() for _ in range(slots)]
-        self._where: OrderedDict[ExpertId, int] = OrderedDict()
+        self._where: dict[ExpertId, int] = {}
+        self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
+        self.eviction = eviction
         self.capacity = slots
 
     @property
@@ -48,8 +55,8 @@ class CacheTable:
         return len(self._where)
 
     @property
-    def has_free(self) -> bool:
-        return bool(self._free)
+    def free_slots(self) -> int:
+        return len(self._free)
 
     def slot(self, number: int) -> Slot:
         return self._slots[number]
@@ -59,46 +66,58 @@ class CacheTable:
         return self._where.get(expert)
 
     def experts(self) -> list[ExpertId]:
-        """Return what the slots hold or await, least recently used first."""
+        """Return what the slots hold or await, in no particular order."""
         return list(self._where)
 
     def unawaited(self) -> list[ExpertId]:
         """Return what is being copied without anybody waiting for it."""
-        loading = SlotState.LOADING
-        slots = ((expert, self._slots[number]) for expert, number in self._where.items())
-        return [expert for expert, slot in slots if slot.state is loading and not slot.pins]
+        return [expert for expert, number in self._loading.items() if not self._slots[number].pins]
 
-    def touch(self, expert: ExpertId) -> None:
-        """Make `expert` the last one to be evicted."""
-        self._where.move_to_end(expert)
+    def evict_by(self, eviction: Eviction, now: float) -> None:
+        """Let another rule decide from now on; what is resident stays."""
+        self.eviction = eviction
+        for expert in self._where:
+            eviction.admitted(expert, now, prefetched=False)
 
-    def reserve(self, expert: ExpertId) -> tuple[int, Slot | None] | None:
-        """Give `expert` a LOADING slot: a free one, else the least recently used victim's.
+    def victim(
+        self, now: float, layer: int, protected: Callable[[ExpertId], bool] = _nobody
+    ) -> ExpertId | None:
+        """Return who would go while `layer` is served; None if nobody may."""
+
+        def may_go(expert: ExpertId) -> bool:
+            slot = self._slots[self._where[expert]]
+            return slot.state is SlotState.READY and slot.pins == 0 and not protected(expert)
+
+        return self.eviction.victim(may_go, now, layer)
+
+    def reserve(
+        self, expert: ExpertId, victim: ExpertId | None, now: float, *, prefetched: bool
+    ) -> tuple[int, Slot | None]:
+        """Give `expert` a LOADING slot: that of `victim`, or a free one where it is None.
 
         Returns:
-            The slot and what was evicted from it (None if it was free), or None if every slot is
-            pinned or loading.
+            The slot and what was evicted from it (None if it was free).
         """
         assert expert not in self._where, f"{expert} already has a slot"
-        victim = None
-        if self._free:
+        evicted = None
+        if victim is None:
             number = self._free.pop()
         else:
-            found = self._victim()
-            if found is None:
-                return None
-            number = found
-            victim = self._forget(number)
+            number = self._where[victim]
+            evicted = self._forget(number)
         slot = self._slots[number]
         slot.state, slot.expert = SlotState.LOADING, expert
-        self._where[expert] = number
-        return number, victim
+        self._where[expert] = self._loading[expert] = number
+        self.eviction.admitted(expert, now, prefetched=prefetched)
+        return number, evicted
 
     def landed(self, number: int) -> None:
         """LOADING -> READY."""
         slot = self._slots[number]
         assert slot.state is SlotState.LOADING, f"slot {number} is {slot.state.value}"
         slot.state = SlotState.READY
+        assert slot.expert is not None
+        del self._loading[slot.expert]
 
     def release(self, number: int) -> Slot:
         """Empty a slot that nobody pins, whatever its state; return what it held."""
@@ -142,11 +161,10 @@ class CacheTable:
         assert not held & set(self._free), sorted(held & set(self._free))
         free_within = {n for n in range(self.capacity) if n not in held}
         assert free_within == set(self._free), (sorted(free_within), sorted(self._free))
+        loading = {n for n, slot in enumerate(self._slots) if slot.state is SlotState.LOADING}
+        assert loading == set(self._loading.values()), (sorted(loading), self._loading)
         for expert, number in self._where.items():
             assert self._slots[number].expert == expert, (expert, self._slots[number])
-
-    def _victim(self) -> int | None:
-        return next((n for n in self._where.values() if self._evictable(n)), None)
 
     def _evictable(self, number: int) -> bool:
         slot = self._slots[number]
@@ -157,20 +175,7 @@ class CacheTable:
         assert slot.pins == 0, f"slot {number} is pinned {slot.pins} times"
         assert slot.expert is not None, f"slot {number} is free already"
         del self._where[slot.expert]
+        self._loading.pop(slot.expert, None)
+        self.eviction.removed(slot.expert)
         self._slots[number] = Slot()
         return slot
-
-
-class UseHistory:
-    """How often each expert was used lately, halved every `half_life` passes."""
-
-    def __init__(self, half_life: float = 16.0) -> None:
-        self._half_life = half_life
-        self._scores: dict[ExpertId, tuple[float, int]] = {}
-
-    def use(self, expert: ExpertId, now_pass: int) -> None:
-        self._scores[expert] = (self.score(expert, now_pass) + 1.0, now_pass)
-
-    def score(self, expert: ExpertId, now_pass: int) -> float:
-        score, last = self._scores.get(expert, (0.0, now_pass))
-        return float(score * 0.5 ** ((now_pass - last) / self._half_life))

@@ -10,8 +10,26 @@ from typing import Literal, NamedTuple
 
 Source = Literal["measured", "emulated", "assumed"]
 DeviceKind = Literal["cuda", "emulated", "cpu"]
-PolicyName = Literal["on-demand", "cpu-miss", "hybrid", "cpu-only"]
-POLICIES: tuple[PolicyName, ...] = ("on-demand", "cpu-miss", "hybrid", "cpu-only")
+PolicyName = Literal[
+    "prescope",
+    "hybrid",
+    "moe-infinity",
+    "on-demand",
+    "cpu-miss",
+    "static-split",
+    "layer-stream",
+    "cpu-only",
+    "oracle",
+]
+POLICIES: tuple[PolicyName, ...] = (
+    "prescope",
+    "hybrid",
+    "on-demand",
+    "cpu-miss",
+    "static-split",
+    "layer-stream",
+    "cpu-only",
+)
 
 
 class ExpertId(NamedTuple):

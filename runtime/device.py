@@ -59,8 +59,11 @@ class Device(Protocol):
         """Return the context in which a forward pass runs on the compute stream."""
         ...
 
-    def begin_layer(self, tokens: int) -> None:
-        """Note that a MoE layer of `tokens` rows starts; its routing has reached the host."""
+    def begin_layer(self, tokens: int, predictor_bytes: int = 0) -> None:
+        """Note that a MoE layer of `tokens` rows starts; its routing has reached the host.
+
+        `predictor_bytes` of weights were read to guess what comes next.
+        """
         ...
 
     def copy(

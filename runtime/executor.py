@@ -7,27 +7,33 @@ never the result.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from runtime.cache import CacheTable, SlotState
-from runtime.core import POLICIES, ExpertId, HardwareProfile, PolicyName
+from runtime.core import ExpertId, HardwareProfile
 from runtime.device import Device
-from runtime.errors import ConfigError
+from runtime.eviction_frequency import DecayedScores
 from runtime.formats import ExpertFormat
 from runtime.kernels import ExpertMath, views
-from runtime.layer_rows import LayerRows, open_rows
-from runtime.layer_run import run_layer
+from runtime.layer_rows import LayerRows, open_rows, recency_of
+from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
+from runtime.policy import Policy, PolicySetup
+from runtime.policy_table import make_policy
+from runtime.prediction import ExpertPredictor
 from runtime.residency import Residency
 from runtime.scheduler import Costs
 from runtime.store import ExpertStore
 from runtime.telemetry import Counters
+from runtime.trace import LayerStep, Prediction
 from runtime.transfer import Transfer, TransferThread, virtual_transfer
-from runtime.transfer_queue import Order, Outcome, Submit, TransferEnded
+from runtime.transfer_queue import Order, Outcome, QueueState, Submit, TransferEnded
 
 HEAT_MAX = 127
 RESIDENT_BIT = 0x80
@@ -43,7 +49,23 @@ class MoeLayer(Protocol):
     def math(self) -> ExpertMath: ...
 
     @property
+    def top_k(self) -> int: ...
+
+    @property
     def format(self) -> ExpertFormat: ...
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What one sequence brings to a MoE layer: hidden states (tokens, hidden), the experts its
+    router chose (tokens, k) and their weights (tokens, k)."""
+
+    hidden_states: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+
+
+Observe = Callable[[int, LayerStep], None]
 
 
 class Executor:
@@ -60,27 +82,28 @@ class Executor:
         store: ExpertStore,
         profile: HardwareProfile,
         slots: int,
-        policy: PolicyName,
+        policy: str,
         *,
         virtual_clock: bool = False,
-        observe: Callable[[int, Mapping[int, int]], None] | None = None,
+        predictor: ExpertPredictor | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._device = device
         self._layers = tuple(layers)
         self._store = store
         self._observe = observe
+        self._predictor = predictor
+        self._look_ahead = True
+        self._profile = profile
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
         self._host_views: dict[ExpertId, dict[str, torch.Tensor]] = {}
         self._counters = Counters()
-        self.residency = Residency(
-            CacheTable(slots),
-            policy,
-            Costs.of(profile),
-            [layer.format.size_bytes for layer in layers],
-            self._counters,
-        )
+        chosen = self._make_policy(policy, slots)
+        layer_bytes = [layer.format.size_bytes for layer in layers]
+        cache = CacheTable(slots, chosen.eviction)
+        self.residency = Residency(cache, chosen, layer_bytes, self._counters)
         chunk_bytes = chunk_bytes_for(profile.link_bytes_per_s.value)
         self._link = Link(device, self._slab, store.bytes_of, chunk_bytes)
         drive = virtual_transfer if virtual_clock else TransferThread
@@ -88,11 +111,14 @@ class Executor:
         self._closing = ExitStack()
         self._closing.callback(device.close)
         self._closing.callback(self._transfer.close)
-        self._rows: LayerRows | None = None
+        self._rows: Sequence[LayerRows] = ()
+        self._demands: Mapping[int, int] = {}
+        self._pass_tokens = self._span = 1
+        self._heat = DecayedScores()
 
     @property
-    def policy(self) -> PolicyName:
-        return self.residency.policy
+    def policy(self) -> str:
+        return self.residency.policy.name
 
     @property
     def slots(self) -> int:
@@ -112,28 +138,51 @@ class Executor:
         Raises:
             ConfigError: there is no such policy, or it needs slots and there are none.
         """
-        known = next((name for name in POLICIES if name == policy), None)
-        if known is None:
-            raise ConfigError(
-                f"There is no policy called {policy!r}.", f"Choose one of {', '.join(POLICIES)}."
-            )
-        if self.slots == 0 and known != "cpu-only":
-            raise ConfigError(
-                f"The policy {known!r} needs expert slots and this machine has none.",
-                "Without a card experts are computed in place: choose cpu-only.",
-            )
-        self.residency.policy = known
+        chosen = self._make_policy(policy, self.slots)
+        chosen.look_ahead = chosen.predicts and self._look_ahead
+        self.order(self.residency.follow(chosen).orders)
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether experts are copied ahead now."""
+        return self.residency.policy.look_ahead
+
+    def set_prediction(self, on: bool) -> None:
+        """Let experts be copied ahead, or not, from the next layer on."""
+        self._look_ahead = on
+        policy = self.residency.policy
+        policy.look_ahead = on and policy.predicts
+        if not on:
+            self.order(self.residency.cancel_prefetches().orders)
+
+    def idle(self, budget_s: float) -> None:
+        """Let the predictor learn for up to `budget_s`, while nothing is generated."""
+        if self._predictor is not None:
+            self._predictor.improve(budget_s)
+
+    def reset_predictor(self) -> None:
+        """Forget what was learned on this machine."""
+        if self._predictor is not None:
+            self._predictor.reset()
 
     def computing(self) -> AbstractContextManager[object]:
         """Return the context that a forward pass must run in."""
         return self._device.computing()
 
-    def begin_pass(self, tokens: int) -> None:
-        """Note that a forward pass of `tokens` rows starts.
+    def begin_pass(self, tokens: int, token_ids: Sequence[int] = (), span: int = 1) -> None:
+        """Note that a forward pass of `tokens` rows starts, `span` of them one after another.
 
-        The caller has waited for the compute stream since the pass before: it needed the logits.
+        `token_ids` are those of all rows, if known. The caller has waited for the compute stream
+        since the pass before: it needed the logits.
         """
-        self.residency.begin_pass()
+        predictions: tuple[Prediction, ...] = ()
+        if self._predictor is not None and self.look_ahead and len(token_ids):
+            began_s = time.perf_counter()
+            ids = torch.tensor(token_ids, device=self._device.torch_device)
+            predictions = self._predictor.begin_pass(ids).read()
+            self._counters.predictor_s += time.perf_counter() - began_s
+        self._pass_tokens, self._span = tokens, span
+        begin_pass(self.residency, self, tokens, span, predictions)
 
     def counters(self) -> Counters:
         """Return a copy of the counters in which the bytes over the link close."""
@@ -147,12 +196,11 @@ class Executor:
 
     def heat(self) -> bytes:
         """Return one byte per (layer, expert): bit 7 in a slot, the rest how hot, 0 to 127."""
-        history, now_pass = self.residency.history, self._counters.forward_passes
         width = max(layer.experts for layer in self._layers)
         picture = bytearray(len(self._layers) * width)
         for number, layer in enumerate(self._layers):
             for expert in range(layer.experts):
-                score = history.score(ExpertId(number, expert), now_pass)
+                score = self._heat.score(ExpertId(number, expert), self.residency.token)
                 picture[number * width + expert] = min(HEAT_MAX, int(score * 24))
         for layer_number, expert in self.residency.cache.experts():
             picture[layer_number * width + expert] |= RESIDENT_BIT
@@ -177,20 +225,45 @@ class Executor:
             (tokens, hidden): what transformers' `eager` experts return, bit for bit on the same
             device, dtype, chunking and batch.
         """
-        rows = open_rows(self._layers[layer].math, hidden_states, top_k_index, top_k_weights)
+        part = RoutedTokens(hidden_states, top_k_index, top_k_weights)
+        return self.run_together(layer, [part])[0]
+
+    def run_together(self, layer: int, parts: Sequence[RoutedTokens]) -> list[torch.Tensor]:
+        """Compute one MoE layer for several sequences that meet there.
+
+        Their demands are united, so a missing expert moves once for all; each sequence's rows are
+        computed and added up on their own, so it gets bit for bit what it would get alone.
+        """
+        tokens = sum(part.hidden_states.shape[0] for part in parts)
+        predictor = self._predictor if self.look_ahead else None
+        began_s = time.perf_counter()
+        pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
+        launched_s = time.perf_counter()
+        math = self._layers[layer].math
+        rows = [open_rows(math, p.hidden_states, p.top_k_index, p.top_k_weights) for p in parts]
+        opened_s = time.perf_counter()
+        step = LayerStep(
+            _united(rows),
+            () if pending is None else pending.read(),
+            recency_of([part.top_k_index for part in parts]) if self._span > 1 else None,
+        )
+        if predictor is not None:
+            self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
+        for expert in step.demands:
+            self._heat.use(ExpertId(layer, expert), self.residency.token, 1.0)
         if self._observe is not None:
-            self._observe(layer, rows.demands)
-        self._device.begin_layer(hidden_states.shape[0])
-        self._rows = rows
+            self._observe(layer, step)
+        self._device.begin_layer(tokens, 0 if predictor is None else predictor.weight_bytes)
+        self._rows, self._demands = rows, step.demands
         finished = False
         try:
-            run_layer(self.residency, self, layer, rows.demands)
+            run_layer(self.residency, self, layer, tokens, step)
             finished = True
         finally:
-            self._rows = None
+            self._rows, self._demands = (), {}
             if not finished:
                 self.residency.abandon_layer()
-        return rows.combined()
+        return [mine.combined() for mine in rows]
 
     def resize(self, slots: int) -> None:
         """Use only `slots` of the allocated slots; called between two layers."""
@@ -208,8 +281,8 @@ class Executor:
     def busy_until_s(self) -> float:
         return self._device.busy_until_s()
 
-    def backlog_bytes(self) -> int:
-        return self._transfer.backlog_bytes
+    def queue_state(self) -> QueueState:
+        return self._transfer.state(self._device.now_s())
 
     def order(self, orders: Sequence[Order]) -> None:
         for order in orders:
@@ -218,24 +291,29 @@ class Executor:
         self._transfer.order(orders, self._device.now_s())
 
     def compute(self, expert: ExpertId, slot: int) -> None:
-        rows, layout = self._rows, self._layers[expert.layer].format
-        assert rows is not None
+        layout = self._layers[expert.layer].format
         parts = self._views_of(slot, layout)
-        tokens = rows.demands[expert.expert]
-        self._device.launch(
-            slot, layout.size_bytes, tokens, lambda: rows.compute(expert.expert, parts)
-        )
+        rows, number = self._rows, expert.expert
+
+        def compute() -> None:
+            for mine in rows:
+                if number in mine.demands:
+                    mine.compute(number, parts)
+
+        self._device.launch(slot, layout.size_bytes, self._demands[number], compute)
 
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
         rows = self._rows
-        assert rows is not None
 
         def compute() -> None:
             for expert in experts:
-                rows.compute(expert.expert, self._host_views_of(expert))
+                parts = self._host_views_of(expert)
+                for mine in rows:
+                    if expert.expert in mine.demands:
+                        mine.compute(expert.expert, parts)
 
         layout_bytes = self._layers[experts[0].layer].format.size_bytes
-        work = [(layout_bytes, rows.demands[expert.expert]) for expert in experts]
+        work = [(layout_bytes, self._demands[expert.expert]) for expert in experts]
         backlog_bytes = self._transfer.backlog_bytes
         self._counters.cpu_expert_s += self._device.on_cpu(work, backlog_bytes, compute)
 
@@ -262,3 +340,37 @@ class Executor:
             known = views(self._slab[slot, : layout.size_bytes], layout)
             self._slot_views[key] = known
         return known
+
+    def _make_policy(self, name: str, slots: int) -> Policy:
+        layers = self._layers
+        return make_policy(
+            name,
+            PolicySetup(
+                tuple(layer.experts for layer in layers),
+                max(layer.top_k for layer in layers),
+                tuple(layer.format.size_bytes for layer in layers),
+                slots,
+                Costs.of(self._profile),
+            ),
+        )
+
+
+def _united(rows: Sequence[LayerRows]) -> Mapping[int, int]:
+    """Return each expert that anybody demands, ascending, and its tokens in all."""
+    if len(rows) == 1:
+        return rows[0].demands
+    tokens: dict[int, int] = {}
+    for mine in rows:
+        for expert, count in mine.demands.items():
+            tokens[expert] = tokens.get(expert, 0) + count
+    return dict(sorted(tokens.items()))
+
+
+def _joined(parts: Sequence[RoutedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if len(parts) == 1:
+        return parts[0].hidden_states, parts[0].top_k_index, parts[0].top_k_weights
+    return (
+        torch.cat([part.hidden_states for part in parts]),
+        torch.cat([part.top_k_index for part in parts]),
+        torch.cat([part.top_k_weights for part in parts]),
+    )

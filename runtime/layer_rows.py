@@ -7,7 +7,7 @@ needs no gathering at all and has a form of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -105,3 +105,20 @@ class _ManyTokenRows:
 
     def combined(self) -> Tensor:
         return combine(self._rows, self._top_k_index, self._hidden.dtype)
+
+
+LAST_TOKENS = 64
+HALF_LIFE_TOKENS = 16
+
+
+def recency_of(top_k_indices: Sequence[Tensor]) -> dict[int, float]:
+    """Weigh the experts of the last tokens of prompts: 0.5 ** (tokens ago / 16), summed.
+
+    Each index is (tokens, k), of one sequence. Experts of earlier tokens have no entry.
+    """
+    weight: dict[int, float] = {}
+    for index in top_k_indices:
+        for ago, experts in enumerate(reversed(index[-LAST_TOKENS:].tolist())):
+            for expert in experts:
+                weight[expert] = weight.get(expert, 0.0) + 0.5 ** (ago / HALF_LIFE_TOKENS)
+    return weight

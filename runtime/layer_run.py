@@ -1,17 +1,19 @@
 """The one order in which a layer's steps are done, whoever does them.
 
 Hits start at once and never wait for a copy; the CPU computes while copies fly; loaded experts are
-computed as they land.
+computed as they land; what is copied ahead is ordered last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from runtime.core import ExpertId
+from runtime.policy import Moment
 from runtime.residency import Residency, Steps
-from runtime.transfer_queue import Order, TransferEnded
+from runtime.trace import LayerStep, Prediction
+from runtime.transfer_queue import Order, QueueState, TransferEnded
 
 
 class LayerPorts(Protocol):
@@ -23,8 +25,8 @@ class LayerPorts(Protocol):
         """Return when the device will have computed all it was given."""
         ...
 
-    def backlog_bytes(self) -> int:
-        """Return the bytes that wait for the link."""
+    def queue_state(self) -> QueueState:
+        """Return what waits for the link."""
         ...
 
     def order(self, orders: Sequence[Order]) -> None:
@@ -44,20 +46,49 @@ class LayerPorts(Protocol):
         ...
 
 
+def begin_pass(
+    residency: Residency,
+    ports: LayerPorts,
+    tokens: int,
+    span: int,
+    predictions: Sequence[Prediction],
+) -> None:
+    """Start a forward pass: note what landed, copy ahead what its tokens already tell."""
+    _take_ended(residency, ports)
+    moment = _moment(residency, ports, tokens)
+    _do(residency, ports, residency.begin_pass(span, predictions, moment))
+
+
 def run_layer(
-    residency: Residency, ports: LayerPorts, layer: int, demands: Mapping[int, int]
+    residency: Residency, ports: LayerPorts, layer: int, tokens: int, step: LayerStep
 ) -> None:
     """Serve one layer: hits first, CPU work while copies fly, loads as they land."""
-    for event in ports.ended(wait=False):
-        _do(residency, ports, residency.ended(event))
-    _do(residency, ports, residency.routed(layer, demands, ports.backlog_bytes()))
+    _take_ended(residency, ports)
+    _do(residency, ports, residency.routed(layer, step, _moment(residency, ports, tokens)))
     while residency.waits:
         idle_from_s = max(ports.now_s(), ports.busy_until_s())
         events = ports.ended(wait=True)
-        residency.counters.stall_s += max(0.0, ports.now_s() - idle_from_s)
+        residency.stalled(max(0.0, ports.now_s() - idle_from_s))
         for event in events:
             _do(residency, ports, residency.ended(event))
-    residency.layer_done()
+    _do(residency, ports, residency.layer_done(_moment(residency, ports, tokens)))
+
+
+def _take_ended(residency: Residency, ports: LayerPorts) -> None:
+    for event in ports.ended(wait=False):
+        _do(residency, ports, residency.ended(event))
+
+
+def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
+    return Moment(
+        residency.token,
+        tokens,
+        ports.now_s(),
+        ports.busy_until_s(),
+        ports.queue_state(),
+        residency.cache.free_slots,
+        residency.holds,
+    )
 
 
 def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:

@@ -46,3 +46,11 @@ class ExpertPredictor(Protocol):
             top_k_weights: (tokens, k).
         """
         ...
+
+    def improve(self, budget_s: float) -> None:
+        """Learn from what was seen for up to `budget_s`; return at once if there is nothing."""
+        ...
+
+    def reset(self) -> None:
+        """Forget what was learned on this machine, on disk as well."""
+        ...

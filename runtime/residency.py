@@ -2,19 +2,22 @@
 
 Pure: no torch, no threads, no clock of its own. Two drivers carry out what it decides, the
 executor on a real or emulated device and the simulator on a ledger; both go through
-`layer_run.run_layer`, so on one trace both count the same. The engine thread owns it.
+`layer_run.run_layer`, so on one trace both count the same. The engine thread owns it. A policy
+chooses; here the books are kept.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from runtime.cache import CacheTable, Slot, SlotState, UseHistory
-from runtime.core import ExpertId, PolicyName
-from runtime.scheduler import Costs, Miss, plan_misses
+from runtime.cache import CacheTable, Slot, SlotState
+from runtime.core import ExpertId
+from runtime.policy import Moment, Policy, Routed, Wish
+from runtime.scheduler import Miss
 from runtime.telemetry import Counters
+from runtime.trace import LayerStep, Prediction
 from runtime.transfer_queue import Cancel, Cause, Order, Outcome, Promote, Submit, TransferEnded
 
 COPY_ATTEMPTS = 2
@@ -31,12 +34,16 @@ class Steps:
 
 @dataclass
 class _OpenLayer:
-    """The layer being served: who still waits for a slot, for its bytes, or to be computed."""
+    """The layer being served: who still waits for a slot, for its bytes, or to be computed.
+
+    `along` came with the layer although nobody asked for it; it is waited for, not computed.
+    """
 
     layer: int
     for_slot: deque[ExpertId] = field(default_factory=deque)
     for_bytes: set[ExpertId] = field(default_factory=set)
     to_compute: set[ExpertId] = field(default_factory=set)
+    along: set[ExpertId] = field(default_factory=set)
     late: set[ExpertId] = field(default_factory=set)
     attempts: dict[ExpertId, int] = field(default_factory=dict)
 
@@ -45,87 +52,103 @@ class Residency:
     """Decides hits, loads and CPU work for one layer after another.
 
     `layer_bytes[l]` is the size of an expert of MoE layer l. `counters` is written here and read
-    elsewhere; expert uses are counted when they are routed.
+    elsewhere; expert uses are counted when they are routed. `token` counts tokens, the clock that
+    uses age by.
     """
 
     def __init__(
-        self,
-        cache: CacheTable,
-        policy: PolicyName,
-        costs: Costs,
-        layer_bytes: Sequence[int],
-        counters: Counters,
+        self, cache: CacheTable, policy: Policy, layer_bytes: Sequence[int], counters: Counters
     ) -> None:
         self.cache = cache
-        self.policy: PolicyName = policy
+        self.policy = policy
         self.counters = counters
-        self.history = UseHistory()
-        self._costs = costs
+        self.token = 0.0
+        self.stall_s_by_layer = [0.0] * len(layer_bytes)
         self._layer_bytes = tuple(layer_bytes)
         self._open: _OpenLayer | None = None
+        self._expected: dict[int, set[int]] = {}
 
     @property
     def waits(self) -> bool:
         """True while the open layer has an expert whose bytes have not come."""
         return self._open is not None and bool(self._open.for_slot or self._open.for_bytes)
 
-    def begin_pass(self) -> None:
-        """Note that a forward pass starts; use ages by passes."""
+    def follow(self, policy: Policy) -> Steps:
+        """Serve misses as another policy says from the next layer on; give up what was under way
+        for the old one."""
+        assert self._open is None, f"layer {self._open} is open"
+        steps = self.cancel_prefetches()
+        self.policy = policy
+        self.cache.evict_by(policy.eviction, self.token)
+        return steps
+
+    def begin_pass(self, span: int, predictions: Sequence[Prediction], moment: Moment) -> Steps:
+        """Note that a forward pass starts, `span` tokens after the one before."""
         self.counters.forward_passes += 1
+        self.token += span
+        self._expect(predictions)
+        return self._prefetch(self.policy.begin_pass(predictions, moment), moment, 0)
 
-    def routed(self, layer: int, demands: Mapping[int, int], backlog_bytes: int) -> Steps:
-        """Open a layer whose router chose `demands` (expert -> tokens); decide every expert.
+    def holds(self, expert: ExpertId) -> bool:
+        """Say whether `expert` has a slot, be it on its way there."""
+        return self.cache.find(expert) is not None
 
-        Hits come back as `compute` at once and are pinned until `computed`.
+    def routed(self, layer: int, step: LayerStep, moment: Moment) -> Steps:
+        """Open a layer whose router chose `step.demands`; decide every expert.
+
+        Hits come back as `compute` at once and are pinned until `computed`. A transfer of which
+        no byte is on the link yet makes its expert a miss like any other.
         """
         assert self._open is None, f"layer {self._open} is still open"
-        self._open = _OpenLayer(layer)
-        hits, orders, misses = [], [], []
-        for number, tokens in demands.items():
+        opened = self._open = _OpenLayer(layer)
+        hits: list[tuple[ExpertId, int]] = []
+        hit: list[Miss] = []
+        coming: list[Miss] = []
+        misses: list[Miss] = []
+        expected = self._expected.pop(layer, set())
+        for number, tokens in step.demands.items():
             expert = ExpertId(layer, number)
-            self.history.use(expert, self.counters.forward_passes)
+            weight = 1.0 if step.recency is None else step.recency.get(number, 0.0)
+            self.cache.eviction.used(expert, self.token, weight)
             slot_number = self.cache.find(expert)
-            if slot_number is None:
-                misses.append(Miss(number, tokens))
-                continue
-            self.cache.touch(expert)
-            self.cache.pin(slot_number)
-            if self.cache.slot(slot_number).state is SlotState.READY:
-                self._count_hit(self.cache.slot(slot_number))
-                self._open.to_compute.add(expert)
-                hits.append((expert, slot_number))
-            else:
-                self._join(expert, self.cache.slot(slot_number))
-                orders.append(Promote(expert))
-        self.counters.routed += len(demands)
-        if not misses:
-            return Steps(tuple(orders), tuple(hits))
-        size = self._layer_bytes[layer]
-        free = self.cache.has_free
-        plan = plan_misses(self.policy, misses, size, self._costs, backlog_bytes, free)
-        self._open.for_slot.extend(ExpertId(layer, number) for number in plan.load)
-        self.counters.served_on_demand += len(plan.load)
-        cpu = self._to_cpu([ExpertId(layer, number) for number in plan.cpu])
-        return Steps((*orders, *self._fill_slots()), tuple(hits), cpu)
-
-    def prefetch(self, experts: Sequence[ExpertId], deadline_s: float) -> Steps:
-        """Start copying experts that are not here, as far as slots can be had, by a deadline.
-
-        The bytes count as used, late or wasted once that shows.
-        """
+            if slot_number is not None:
+                slot = self.cache.slot(slot_number)
+                if slot.state is SlotState.READY:
+                    self.cache.pin(slot_number)
+                    self._count_hit(slot, number in expected)
+                    opened.to_compute.add(expert)
+                    hits.append((expert, slot_number))
+                    hit.append(Miss(number, tokens))
+                    continue
+            self.counters.misses_predicted += number in expected
+            started = slot_number is not None and expert not in moment.queue.unstarted
+            (coming if started else misses).append(Miss(number, tokens))
+        self.counters.routed += len(step.demands)
+        self._expect(step.predictions)
+        routed = Routed(layer, tuple(hit), tuple(coming), tuple(misses))
+        plan = self.policy.place(routed, moment)
         orders: list[Order] = []
-        if self._open is not None and self._open.for_slot:
-            return Steps()
-        for expert in experts:
-            if self.cache.find(expert) is not None:
-                continue
-            number = self._reserve(expert)
-            if number is None:
-                break
-            size = self._layer_bytes[expert.layer]
-            self.cache.slot(number).unused_prefetch_bytes = size
-            orders.append(Submit(expert, number, size, Cause.PREFETCH, deadline_s))
-        return Steps(tuple(orders))
+        for miss in coming:
+            if miss.expert not in plan.cpu:
+                self._join(ExpertId(layer, miss.expert), orders)
+        orders += self._drop_unwanted(layer, plan.load, moment.queue.unstarted)
+        for number in plan.load:
+            expert = ExpertId(layer, number)
+            if self.holds(expert):
+                self._join(expert, orders)
+            else:
+                opened.for_slot.append(expert)
+                self.counters.served_on_demand += 1
+        if plan.along:
+            wanted = {ExpertId(layer, number) for number in plan.along} - set(opened.for_slot)
+            opened.along = {expert for expert in wanted if not self.holds(expert)}
+            opened.for_slot.extend(sorted(opened.along))
+        cpu = self._to_cpu([ExpertId(layer, number) for number in plan.cpu])
+        orders += self._fill_slots()
+        if not opened.for_slot:
+            wishes = self.policy.beside(routed, plan, step.predictions, moment)
+            orders += self._prefetch(wishes, moment, layer).orders
+        return Steps(tuple(orders), tuple(hits), cpu)
 
     def cancel_prefetches(self) -> Steps:
         """Give up every copy under way that nobody waits for."""
@@ -162,12 +185,19 @@ class Residency:
             return Steps(self._fill_slots())
         return self._again(event)
 
-    def layer_done(self) -> None:
-        """Close the layer; every routed expert has been computed."""
+    def stalled(self, seconds: float) -> None:
+        """Note that the open layer had nothing to do for so long but to wait for the link."""
+        assert self._open is not None
+        self.counters.stall_s += seconds
+        self.stall_s_by_layer[self._open.layer] += seconds
+
+    def layer_done(self, moment: Moment) -> Steps:
+        """Close the layer, every routed expert of which has been computed; copy ahead."""
         assert self._open is not None
         left = (self._open.for_slot, self._open.for_bytes, self._open.to_compute)
         assert not any(left), f"layer {self._open.layer} closed with {left}"
-        self._open = None
+        layer, self._open = self._open.layer, None
+        return self._prefetch(self.policy.between(layer, moment), moment, layer)
 
     def abandon_layer(self) -> None:
         """Forget the open layer after a failure; landed and loading experts keep their slots."""
@@ -182,11 +212,54 @@ class Residency:
             self._count_eviction(evicted)
         return Steps(self._fill_slots())
 
-    def _join(self, expert: ExpertId, slot: Slot) -> None:
-        """Wait for a copy that is under way already."""
+    def _expect(self, predictions: Sequence[Prediction]) -> None:
+        """Remember who was predicted, to say later which misses could have been foreseen."""
+        for prediction in predictions:
+            named = self._expected.setdefault(prediction.layer, set())
+            named.update(guess.expert for guess in prediction.guesses)
+
+    def _prefetch(self, wishes: Sequence[Wish], moment: Moment, layer: int) -> Steps:
+        """Start copying wishes, as far as slots can be had from those worth less."""
+        orders: list[Order] = []
+        for wish in wishes:
+            expert = wish.expert
+            if self.cache.find(expert) is not None:
+                continue
+            victim = None
+            if not self.cache.free_slots:
+                victim = self.cache.victim(self.token, layer, self.policy.protects)
+                if victim is None:
+                    break
+                if not self.policy.displaces(wish, victim, moment):
+                    continue
+            number = self._reserve(expert, victim, prefetched=True)
+            size = self._layer_bytes[expert.layer]
+            self.cache.slot(number).unused_prefetch_bytes = size
+            self.counters.prefetches += 1
+            orders.append(Submit(expert, number, size, Cause.PREFETCH, wish.deadline_s))
+        return Steps(tuple(orders))
+
+    def _drop_unwanted(
+        self, layer: int, wanted: Sequence[int], unstarted: frozenset[ExpertId]
+    ) -> list[Order]:
+        """Cancel copies of this layer's experts that have not begun and came too late."""
         assert self._open is not None
+        keep = self._open.for_bytes | {ExpertId(layer, number) for number in wanted}
+        return [
+            Cancel(expert)
+            for expert in self.cache.unawaited()
+            if expert.layer == layer and expert not in keep and expert in unstarted
+        ]
+
+    def _join(self, expert: ExpertId, orders: list[Order]) -> None:
+        """Wait for a copy that is under way, or at least ordered, already."""
+        assert self._open is not None
+        number = self.cache.find(expert)
+        assert number is not None, f"{expert} is not on its way"
+        self.cache.pin(number)
         self._open.for_bytes.add(expert)
-        if slot.unused_prefetch_bytes:
+        orders.append(Promote(expert))
+        if self.cache.slot(number).unused_prefetch_bytes:
             self._open.late.add(expert)
             self.counters.served_prefetch_late += 1
         else:
@@ -198,12 +271,16 @@ class Residency:
         if needed:
             assert self._open is not None
             self._open.for_bytes.discard(event.expert)
-            self._open.to_compute.add(event.expert)
             if slot.unused_prefetch_bytes:
                 slot.unused_prefetch_bytes = 0
                 self.counters.link_bytes_prefetch_late += event.issued_bytes
+                self.counters.prefetches_used += 1
             else:
                 self.counters.link_bytes_on_demand += event.issued_bytes
+            if event.expert in self._open.along:
+                self._unpin(event.expert)
+                return Steps(self._fill_slots())
+            self._open.to_compute.add(event.expert)
             return Steps((), ((event.expert, event.slot),))
         if not slot.unused_prefetch_bytes:
             # Asked for on demand by a layer that was abandoned: it moved for that demand.
@@ -215,6 +292,8 @@ class Residency:
         """Repeat a copy that was needed and did not land; after that the CPU computes it."""
         assert self._open is not None
         self._open.for_bytes.discard(event.expert)
+        if event.expert in self._open.along:
+            return Steps(self._fill_slots())
         if event.expert in self._open.late:
             self._open.late.discard(event.expert)
             self.counters.served_prefetch_late -= 1
@@ -229,28 +308,30 @@ class Residency:
 
     def _fill_slots(self) -> tuple[Order, ...]:
         """Start the loads of the open layer that a slot can be had for."""
-        if self._open is None:
+        opened = self._open
+        if opened is None:
             return ()
         orders: list[Order] = []
-        while self._open.for_slot:
-            expert = self._open.for_slot[0]
-            number = self._reserve(expert)
-            if number is None:
-                break
-            self._open.for_slot.popleft()
-            self._open.for_bytes.add(expert)
+        while opened.for_slot:
+            expert = opened.for_slot[0]
+            victim = None
+            if not self.cache.free_slots:
+                victim = self.cache.victim(self.token, opened.layer, self.policy.protects)
+                victim = victim or self.cache.victim(self.token, opened.layer)
+                if victim is None:
+                    break
+            opened.for_slot.popleft()
+            opened.for_bytes.add(expert)
+            number = self._reserve(expert, victim, prefetched=False)
             self.cache.pin(number)
             size = self._layer_bytes[expert.layer]
             orders.append(Submit(expert, number, size, Cause.DEMAND))
         return tuple(orders)
 
-    def _reserve(self, expert: ExpertId) -> int | None:
-        reserved = self.cache.reserve(expert)
-        if reserved is None:
-            return None
-        number, victim = reserved
-        if victim is not None:
-            self._count_eviction(victim)
+    def _reserve(self, expert: ExpertId, victim: ExpertId | None, *, prefetched: bool) -> int:
+        number, evicted = self.cache.reserve(expert, victim, self.token, prefetched=prefetched)
+        if evicted is not None:
+            self._count_eviction(evicted)
         return number
 
     def _to_cpu(self, experts: list[ExpertId]) -> tuple[ExpertId, ...]:
@@ -267,10 +348,12 @@ class Residency:
         for evicted in self.cache.trim():
             self._count_eviction(evicted)
 
-    def _count_hit(self, slot: Slot) -> None:
+    def _count_hit(self, slot: Slot, expected: bool) -> None:
         if slot.unused_prefetch_bytes:
             self.counters.served_prefetch_in_time += 1
             self.counters.link_bytes_prefetch_used += slot.unused_prefetch_bytes
+            self.counters.prefetches_used += 1
+            self.counters.misses_predicted += expected
             slot.unused_prefetch_bytes = 0
         else:
             self.counters.served_resident += 1

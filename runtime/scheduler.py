@@ -1,20 +1,20 @@
 """Where each missing expert of a layer is served: over the link or on the CPU.
 
-Pure functions of what is resident, how many tokens each expert has, and what the machine's rails
+Pure functions of what is missing, how many tokens each expert has, and what the machine's rails
 cost. The plan never changes which experts are computed, only when and where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from runtime.core import HardwareProfile, PolicyName
+from runtime.core import HardwareProfile
 
 
 @dataclass(frozen=True)
 class Miss:
-    """An expert of this layer that no slot holds, and how many tokens were routed to it."""
+    """An expert of this layer, mostly one that no slot holds, and its number of tokens."""
 
     expert: int
     tokens: int
@@ -22,15 +22,24 @@ class Miss:
 
 @dataclass(frozen=True)
 class MissPlan:
-    """Which misses go over the link, most urgent first, and which are computed on the CPU."""
+    """Which misses go over the link, most urgent first, and which are computed on the CPU.
+
+    `along` are experts that nobody asked for and that come over the link before the layer is done
+    all the same: what engines that move whole layers do.
+    """
 
     load: tuple[int, ...]
     cpu: tuple[int, ...]
+    along: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on each rail for one machine, taken from its profile."""
+    """Seconds on each rail for one machine, taken from its profile.
+
+    `gap_s` is the time from the end of one layer to the routing of the next for one token, while
+    the link has nothing to do unless something is copied ahead.
+    """
 
     link_bytes_per_s: float
     link_call_s: float
@@ -38,6 +47,10 @@ class Costs:
     cpu_bytes_per_s_while_copying: float
     cpu_call_s: float
     cpu_tokens_per_pass: float
+    device_bytes_per_s: float
+    device_tokens_per_pass: float
+    host_layer_s: float
+    device_layer_s: float
 
     @classmethod
     def of(cls, profile: HardwareProfile) -> Costs:
@@ -48,7 +61,26 @@ class Costs:
             profile.cpu_expert_bytes_per_s_while_copying.value,
             profile.cpu_call_s.value,
             profile.cpu_tokens_per_pass.value,
+            profile.device_bytes_per_s.value,
+            profile.device_tokens_per_pass.value,
+            profile.host_layer_s.value,
+            profile.device_layer_s.value,
         )
+
+    def scaled(self, link: float, cpu: float) -> Costs:
+        """Return these costs with the rails slower by these factors."""
+        return replace(
+            self,
+            link_bytes_per_s=self.link_bytes_per_s / link,
+            link_call_s=self.link_call_s * link,
+            cpu_bytes_per_s=self.cpu_bytes_per_s / cpu,
+            cpu_bytes_per_s_while_copying=self.cpu_bytes_per_s_while_copying / cpu,
+            cpu_call_s=self.cpu_call_s * cpu,
+        )
+
+    def without_constants(self) -> Costs:
+        """Return the rates alone, for those who want to know what the constants are worth."""
+        return replace(self, link_call_s=0.0, cpu_call_s=0.0)
 
     def link_s(self, size_bytes: int) -> float:
         """Seconds for one expert over the link."""
@@ -58,55 +90,87 @@ class Costs:
         """Bytes of weight reading that computing `tokens` rows on the CPU costs as much as."""
         return size_bytes * (1 + (tokens - 1) / self.cpu_tokens_per_pass)
 
+    def device_s(self, size_bytes: int, tokens: int) -> float:
+        """Seconds for one expert on the device."""
+        factor = 1 + (tokens - 1) / self.device_tokens_per_pass
+        return size_bytes / self.device_bytes_per_s * factor
 
-def plan_misses(
-    policy: PolicyName,
-    misses: Sequence[Miss],
-    size_bytes: int,
-    costs: Costs,
-    backlog_bytes: int,
-    free_slot: bool,
-) -> MissPlan:
-    """Serve `misses` as `policy` does; `backlog_bytes` are ahead of them on the link.
-
-    `cpu-miss` fills free slots first and then leaves the cache alone, so that what is resident
-    stays: the static placement of engines that run every miss on the CPU.
-    """
-    everyone = tuple(miss.expert for miss in misses)
-    if policy == "on-demand" or (policy == "cpu-miss" and free_slot):
-        return MissPlan(everyone, ())
-    if policy == "hybrid":
-        return split_least_makespan(misses, size_bytes, costs, backlog_bytes)
-    return MissPlan((), everyone)
+    def dense_s(self, tokens: int) -> float:
+        """Seconds of a layer's dense work on the device."""
+        return self.device_layer_s * (1 + (tokens - 1) / self.device_tokens_per_pass)
 
 
 def split_least_makespan(
-    misses: Sequence[Miss], size_bytes: int, costs: Costs, backlog_bytes: int
+    misses: Sequence[Miss],
+    size_bytes: int,
+    costs: Costs,
+    ahead_s: float = 0.0,
+    busy_s: float = 0.0,
+    worth: Callable[[int], float] = lambda expert: 0.0,
 ) -> MissPlan:
     """Split misses between link and CPU so that the later of the two ends soonest.
 
-    Experts with many tokens go over the link, where tokens are cheap; ties go to the CPU, which
-    needs no slot. While anything is copied the CPU runs at its slower shared rate.
-    After the latency-aware split of reactive hybrid engines: minimise the larger of
-    `link constant + f S / link` and `cpu constant + (n - f) S / cpu`, constants included.
+    `ahead_s` is how long the link is taken already, `busy_s` how long the layer lasts anyway.
+    Experts with many tokens go over the link, where tokens are cheap, then those with more
+    `worth` in the cache; ties go to the CPU, which needs no slot. While anything is copied the
+    CPU runs at its slower shared rate. After the latency-aware split of reactive hybrid engines:
+    minimise the larger of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
     """
-    by_tokens = sorted(misses, key=lambda miss: (-miss.tokens, miss.expert))
-    work = [costs.cpu_work_bytes(size_bytes, miss.tokens) for miss in by_tokens]
+    if len(misses) == 1:
+        ordered: Sequence[Miss] = misses
+    else:
+        ordered = sorted(misses, key=lambda m: (-m.tokens, -worth(m.expert), m.expert))
+    fetched = _best_split(tuple(m.tokens for m in ordered), size_bytes, costs, ahead_s, busy_s)
+    experts = tuple(miss.expert for miss in ordered)
+    return MissPlan(experts[:fetched], experts[fetched:])
+
+
+def _best_split(
+    tokens: Sequence[int], size_bytes: int, costs: Costs, ahead_s: float, busy_s: float
+) -> int:
+    """Return how many of the experts with these tokens, in this order, go over the link."""
+    per_token = size_bytes / costs.cpu_tokens_per_pass
+    base = size_bytes - per_token
+    work = [base + per_token * count for count in tokens]
     left_bytes = sum(work)
+    one_link_s = costs.link_s(size_bytes)
+    slow, fast = costs.cpu_bytes_per_s_while_copying, costs.cpu_bytes_per_s
     best, best_s = 0, float("inf")
-    for fetched in range(len(by_tokens) + 1):
-        link_s = 0.0
-        if fetched:
-            queued_s = backlog_bytes / costs.link_bytes_per_s
-            link_s = queued_s + fetched * costs.link_s(size_bytes)
+    count = len(tokens)
+    for fetched in range(count + 1):
+        link_s = ahead_s + fetched * one_link_s if fetched else 0.0
         cpu_s = 0.0
-        if fetched < len(by_tokens):
-            shared_bytes = min(left_bytes, link_s * costs.cpu_bytes_per_s_while_copying)
-            cpu_s = costs.cpu_call_s + shared_bytes / costs.cpu_bytes_per_s_while_copying
-            cpu_s += (left_bytes - shared_bytes) / costs.cpu_bytes_per_s
-        if max(link_s, cpu_s) < best_s:
-            best, best_s = fetched, max(link_s, cpu_s)
-        if fetched < len(by_tokens):
+        if fetched < count:
+            copying_s = link_s if fetched else ahead_s
+            shared_bytes = min(left_bytes, copying_s * slow)
+            cpu_s = costs.cpu_call_s + shared_bytes / slow + (left_bytes - shared_bytes) / fast
             left_bytes -= work[fetched]
-    load = tuple(miss.expert for miss in by_tokens[:best])
-    return MissPlan(load, tuple(miss.expert for miss in by_tokens[best:]))
+        total_s = max(link_s, cpu_s, busy_s)
+        if total_s < best_s:
+            best, best_s = fetched, total_s
+        if link_s >= best_s:
+            break  # more copies only make it later
+    return best
+
+
+def split_by_share(
+    misses: Sequence[Miss], costs: Costs, worth: Callable[[int], float] = lambda expert: 0.0
+) -> MissPlan:
+    """Split misses by the rails' rates alone, as FreeToken does (arXiv 2608.16157).
+
+    The fetched number is the integer beside share x misses with the smaller
+    max(F (1 - share), (M - F) share), share being the link's part of the two rates while both
+    run. No constants, no tokens.
+    """
+    ordered = sorted(misses, key=lambda m: (-worth(m.expert), m.expert))
+    both = costs.link_bytes_per_s + costs.cpu_bytes_per_s_while_copying
+    share = costs.link_bytes_per_s / both
+    count = len(ordered)
+    low = min(count, int(share * count))
+
+    def cost(fetched: int) -> float:
+        return max(fetched * (1 - share), (count - fetched) * share)
+
+    fetched = min((low, min(count, low + 1)), key=cost)
+    experts = tuple(miss.expert for miss in ordered)
+    return MissPlan(experts[:fetched], experts[fetched:])

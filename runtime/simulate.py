@@ -6,59 +6,84 @@ what the engine counted, which is the test that it tells the truth about the cod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.cache import CacheTable
-from runtime.core import ExpertId, HardwareProfile, PolicyName
-from runtime.layer_run import run_layer
+from runtime.core import ExpertId, HardwareProfile
+from runtime.layer_run import begin_pass, run_layer
+from runtime.policy import Policy
 from runtime.residency import Residency
-from runtime.scheduler import Costs
 from runtime.telemetry import Counters
 from runtime.timeline import Timeline
+from runtime.trace import ForwardPass, LayerStep
 from runtime.transfer_pump import TransferPump
-from runtime.transfer_queue import Chunk, Order, Outcome, Submit, TransferEnded, TransferQueue
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """One forward pass of a trace: its tokens, and expert -> tokens for every MoE layer."""
-
-    tokens: int
-    layers: tuple[Mapping[int, int], ...]
+from runtime.transfer_queue import (
+    Chunk,
+    Order,
+    Outcome,
+    QueueState,
+    Submit,
+    TransferEnded,
+    TransferQueue,
+)
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a simulated run counted and how long the modelled machine took, in seconds."""
+    """What a simulated run counted and how long the modelled machine took, in seconds.
+
+    `warm` and `warm_s` are the counters and the time when the warm-up passes were over.
+    """
 
     counters: Counters
     total_s: float
+    warm: Counters
+    warm_s: float
+    stall_s_by_layer: tuple[float, ...]
+
+    @property
+    def measured(self) -> Counters:
+        """What was counted after the warm-up."""
+        return self.counters.since(self.warm)
+
+    @property
+    def measured_s(self) -> float:
+        return self.total_s - self.warm_s
 
 
 def simulate(
-    trace: Sequence[ForwardPass],
+    passes: Sequence[ForwardPass],
     profile: HardwareProfile,
-    policy: PolicyName,
+    policy: Policy,
     slots: int,
     layer_bytes: Sequence[int],
     chunk_bytes: int,
+    *,
+    predictor_bytes: int = 0,
+    warm_passes: int = 0,
 ) -> Simulated:
-    """Run `trace` on the modelled machine of `profile` from a cold cache."""
+    """Run a trace's passes on the modelled machine of `profile` from a cold cache.
+
+    `predictor_bytes` are the weights that a predictor reads per layer; they are charged to the
+    device where the policy predicts.
+    """
     counters = Counters()
-    residency = Residency(CacheTable(slots), policy, Costs.of(profile), layer_bytes, counters)
-    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters)
-    for forward in trace:
+    residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
+    charged_bytes = predictor_bytes if policy.predicts else 0
+    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes)
+    warm, warm_s = Counters(), 0.0
+    for number, forward in enumerate(passes):
         ports.timeline.wait_for_compute()
-        residency.begin_pass()
-        for layer, demands in enumerate(forward.layers):
-            ports.open_layer(forward.tokens, demands)
-            run_layer(residency, ports, layer, demands)
+        if number == warm_passes:
+            warm, warm_s = ports.counted(), ports.timeline.host_s
+        begin_pass(residency, ports, forward.tokens, forward.span, forward.predictions)
+        for layer, step in enumerate(forward.layers):
+            ports.open_layer(forward.tokens, step)
+            run_layer(residency, ports, layer, forward.tokens, step)
     ports.timeline.wait_for_compute()
-    counters.link_bytes_issued = ports.pump.issued_bytes
-    counters.link_bytes_pending = ports.pump.pending_bytes
-    counters.link_busy_s = ports.pump.busy_s
-    return Simulated(counters, ports.timeline.host_s)
+    stalls = tuple(residency.stall_s_by_layer)
+    return Simulated(ports.counted(), ports.timeline.host_s, warm, warm_s, stalls)
 
 
 class _LedgerPorts:
@@ -70,17 +95,27 @@ class _LedgerPorts:
         layer_bytes: Sequence[int],
         chunk_bytes: int,
         counters: Counters,
+        predictor_bytes: int,
     ) -> None:
         self.timeline = Timeline(profile)
         self.pump = TransferPump(TransferQueue(chunk_bytes), self._copy)
         self._layer_bytes = tuple(layer_bytes)
         self._counters = counters
-        self._demands: Mapping[int, int] = {}
+        self._predictor_bytes = predictor_bytes
+        self._step = LayerStep({})
         self._free_s: dict[int, float] = {}
 
-    def open_layer(self, tokens: int, demands: Mapping[int, int]) -> None:
-        self.timeline.layer(tokens)
-        self._demands = demands
+    def open_layer(self, tokens: int, step: LayerStep) -> None:
+        self.timeline.layer(tokens, self._predictor_bytes)
+        self._step = step
+
+    def counted(self) -> Counters:
+        """Return the counters with what the link knows."""
+        counters = self._counters.copy()
+        counters.link_bytes_issued = self.pump.issued_bytes
+        counters.link_bytes_pending = self.pump.pending_bytes
+        counters.link_busy_s = self.pump.busy_s
+        return counters
 
     def now_s(self) -> float:
         return self.timeline.host_s
@@ -88,8 +123,8 @@ class _LedgerPorts:
     def busy_until_s(self) -> float:
         return self.timeline.compute_free_s
 
-    def backlog_bytes(self) -> int:
-        return self.pump.backlog_bytes
+    def queue_state(self) -> QueueState:
+        return self.pump.state(self.timeline.host_s)
 
     def order(self, orders: Sequence[Order]) -> None:
         for order in orders:
@@ -99,11 +134,11 @@ class _LedgerPorts:
 
     def compute(self, expert: ExpertId, slot: int) -> None:
         size = self._layer_bytes[expert.layer]
-        tokens = self._demands[expert.expert]
-        self.timeline.device_expert(size, tokens)
+        self.timeline.device_expert(size, self._step.demands[expert.expert])
 
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        work = [(self._layer_bytes[e.layer], self._demands[e.expert]) for e in experts]
+        demands = self._step.demands
+        work = [(self._layer_bytes[e.layer], demands[e.expert]) for e in experts]
         copying_until_s = self.timeline.copying_until_s(self.pump.backlog_bytes)
         self._counters.cpu_expert_s += self.timeline.cpu_experts(work, copying_until_s)
 

@@ -34,11 +34,15 @@ class Counters:
     link_bytes_failed: int = 0
     link_bytes_pending: int = 0
     copies_failed: int = 0
+    misses_predicted: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
     evictions: int = 0
     forward_passes: int = 0
     stall_s: float = 0.0
     cpu_expert_s: float = 0.0
     link_busy_s: float = 0.0
+    predictor_s: float = 0.0
 
     def copy(self) -> Counters:
         """Return a snapshot that later additions do not change."""
@@ -67,6 +71,18 @@ class Counters:
         if self.routed == 0:
             return 0.0
         return (self.served_resident + self.served_prefetch_in_time) / self.routed
+
+    @property
+    def predictor_recall(self) -> float | None:
+        """Share of the uses that found nothing resident, but for prefetching, whose expert had
+        been predicted; None before the first."""
+        missed = self.routed - self.served_resident
+        return self.misses_predicted / missed if missed else None
+
+    @property
+    def predictor_precision(self) -> float | None:
+        """Share of the prefetches that were used; None before the first."""
+        return self.prefetches_used / self.prefetches if self.prefetches else None
 
 
 SNAPSHOT_EVERY_S = 0.25

@@ -23,11 +23,14 @@ class Timeline:
         self.copy_free_s = start_s
         self.compute_free_s = start_s
 
-    def layer(self, tokens: int) -> None:
-        """Charge a layer's host work and dense compute, then wait for it: routing needs it."""
+    def layer(self, tokens: int, extra_bytes: int = 0) -> None:
+        """Charge a layer's host work and dense compute, then wait for it: routing needs it.
+
+        `extra_bytes` more weights are read on the way, such as a predictor's.
+        """
         profile = self._profile
         self.host_s += profile.host_layer_s.value
-        dense = profile.device_layer_s.value
+        dense = profile.device_layer_s.value + extra_bytes / profile.device_bytes_per_s.value
         self._compute(dense * (1 + (tokens - 1) / profile.device_tokens_per_pass.value))
         self.host_s = max(self.host_s, self.compute_free_s)
 

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from runtime.device import Device, Fence
 from runtime.errors import PreScopeError, TransferError
-from runtime.link import Link
+from runtime.link import CHUNK_S, Link
 from runtime.transfer_pump import TransferPump
-from runtime.transfer_queue import Chunk, Order, TransferEnded, TransferQueue
+from runtime.transfer_queue import Chunk, Order, QueueState, TransferEnded, TransferQueue
 
 STALLED_S = 10.0
 
@@ -28,6 +28,10 @@ class Transfer(Protocol):
 
     @property
     def backlog_bytes(self) -> int: ...
+
+    def state(self, now_s: float) -> QueueState:
+        """Return what waits for the link."""
+        ...
 
     @property
     def issued_bytes(self) -> int: ...
@@ -63,6 +67,8 @@ class TransferThread:
 
     def __init__(self, device: Device, link: Link, chunk_bytes: int) -> None:
         self._device = device
+        self._stream_free_s = 0.0
+        self._byte_s = CHUNK_S / chunk_bytes
         self._link = link
         self._queue = TransferQueue(chunk_bytes)
         self._changed = threading.Condition()
@@ -77,6 +83,10 @@ class TransferThread:
     def backlog_bytes(self) -> int:
         with self._changed:
             return self._queue.backlog_bytes
+
+    def state(self, now_s: float) -> QueueState:
+        with self._changed:
+            return self._queue.state(max(now_s, self._stream_free_s))
 
     @property
     def issued_bytes(self) -> int:
@@ -151,11 +161,15 @@ class TransferThread:
                 except TransferError:
                     self._note(chunk, self._device.now_s(), failed=True)
                 else:
+                    begins_s = max(begins_s, self._stream_free_s)
+                    self._stream_free_s = begins_s + chunk.size_bytes * self._byte_s
                     flying.append((chunk, begins_s, fence))
                 continue
             landed, begins_s, fence = flying.popleft()
             before_s, lands_s = lands_s, self._device.synchronize(fence)
             self.busy_s += lands_s - max(begins_s, before_s)
+            left_bytes = sum(behind.size_bytes for behind, _, _ in flying)
+            self._stream_free_s = lands_s + left_bytes * self._byte_s
             self._note(landed, lands_s, failed=False)
 
     def _note(self, chunk: Chunk, at_s: float, failed: bool) -> None:

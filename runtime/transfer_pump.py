@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.errors import TransferError
-from runtime.transfer_queue import Chunk, Order, TransferEnded, TransferQueue
+from runtime.transfer_queue import Chunk, Order, QueueState, TransferEnded, TransferQueue
 
 CopyChunk = Callable[[Chunk], tuple[float, float]]
 
@@ -39,6 +39,11 @@ class TransferPump:
     @property
     def backlog_bytes(self) -> int:
         return self._queue.backlog_bytes
+
+    def state(self, now_s: float) -> QueueState:
+        """Return what waits for the link at `now_s`."""
+        self._run(now_s)
+        return self._queue.state(self._flying[-1].lands_s if self._flying else now_s)
 
     @property
     def issued_bytes(self) -> int:

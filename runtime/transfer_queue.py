@@ -6,7 +6,8 @@ a virtual clock) issues one chunk at a time, so a demand overtakes a prefetch at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from runtime.core import ExpertId
@@ -77,6 +78,22 @@ class TransferEnded:
     at_s: float
 
 
+@dataclass(frozen=True)
+class QueueState:
+    """What the link still has to move. `stream_free_s` is when what is on its stream will have
+    landed; behind that wait `demanded_bytes` for somebody and `backlog_bytes` in all.
+
+    `unstarted` are prefetches of which nothing was issued; `left_bytes` is what was not yet
+    issued of the transfers that did begin.
+    """
+
+    stream_free_s: float
+    demanded_bytes: int = 0
+    backlog_bytes: int = 0
+    unstarted: frozenset[ExpertId] = frozenset()
+    left_bytes: Mapping[ExpertId, int] = field(default_factory=dict)
+
+
 @dataclass
 class _Transfer:
     order: Submit
@@ -115,6 +132,25 @@ class TransferQueue:
             for t in self._transfers.values()
             if not (t.cancelled or t.failed)
         )
+
+    def state(self, stream_free_s: float) -> QueueState:
+        """Return what waits behind the chunks on the stream, which land by `stream_free_s`."""
+        if not self._transfers:
+            return QueueState(stream_free_s)
+        demanded_bytes = backlog_bytes = 0
+        unstarted, left = [], {}
+        for expert, transfer in self._transfers.items():
+            if transfer.cancelled or transfer.failed:
+                continue
+            rest_bytes = transfer.order.size_bytes - transfer.issued_bytes
+            backlog_bytes += rest_bytes
+            if transfer.demanded:
+                demanded_bytes += rest_bytes
+            elif not transfer.issued_bytes:
+                unstarted.append(expert)
+            if transfer.issued_bytes:
+                left[expert] = rest_bytes
+        return QueueState(stream_free_s, demanded_bytes, backlog_bytes, frozenset(unstarted), left)
 
     @property
     def pending_bytes(self) -> int:

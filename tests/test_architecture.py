@@ -34,6 +34,7 @@ FLOORS = {
     "eviction": 1,
     "offline": 1,
     "policy": 1,
+    "calibration": 1,
     "activation_tracing": 1,
     "controller": 1,
     "machines": 1,

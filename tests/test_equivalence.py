@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ from runtime.executor import Executor
 from runtime.kernels import ExpertMath
 from runtime.link import chunk_bytes_for
 from runtime.loader import LoadedModel, load_model
-from runtime.simulate import ForwardPass, simulate
+from runtime.policy import PolicySetup
+from runtime.policy_table import make_policy
+from runtime.scheduler import Costs
+from runtime.simulate import simulate
+from runtime.trace import ForwardPass, LayerStep
 from tests.families import FAMILIES, make_checkpoint
 from tests.machines import emulated_profile
 
 PROMPT = torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(3))
 NEXT = torch.randint(3, 90, (2, 1), generator=torch.Generator().manual_seed(4))
 PROFILE = emulated_profile()
+CARD_POLICIES = [policy for policy in POLICIES if policy != "cpu-only"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def logits_of(
     """Logits of a prefill and of one cached decode step, each waited for on `device`."""
     with torch.inference_mode():
         if executor is not None:
-            executor.begin_pass(PROMPT.numel())
+            executor.begin_pass(PROMPT.numel(), span=PROMPT.shape[1])
         first = model(input_ids=PROMPT, use_cache=True)
         if device is not None:
             device.wait_for_compute()
@@ -140,7 +146,7 @@ def test_every_family_is_bitwise_equal_to_eager(family: str, checkpoints: Any) -
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 16])
-@pytest.mark.parametrize("policy", POLICIES[:3])
+@pytest.mark.parametrize("policy", CARD_POLICIES)
 def test_every_policy_and_cache_size_is_bitwise_equal(
     policy: PolicyName, slots: int, checkpoints: Any
 ) -> None:
@@ -229,29 +235,37 @@ def test_the_comparison_notices_an_expert_computed_with_anothers_bytes(
 
 
 @pytest.mark.parametrize("slots", [2, 5, 11])
-@pytest.mark.parametrize("policy", POLICIES[:3])
+@pytest.mark.parametrize("policy", CARD_POLICIES)
 def test_engine_and_simulator_count_the_same_on_one_trace(
     policy: PolicyName, slots: int, checkpoints: Any
 ) -> None:
     """Counters, bytes by cause and every modelled second, from the recorded routing alone."""
     loaded = load(checkpoints("qwen3_moe"))
-    trace: list[list[Mapping[int, int]]] = []
+    trace: list[list[LayerStep]] = []
     tokens = [PROMPT.numel(), NEXT.numel()] * 3
+    spans = [PROMPT.shape[1], 1] * 3
 
-    def observe(layer: int, demands: Mapping[int, int]) -> None:
+    def observe(layer: int, step: LayerStep) -> None:
         if layer == 0:
             trace.append([])
-        trace[-1].append(dict(demands))
+        trace[-1].append(step)
 
     device = EmulatedDevice(PROFILE, virtual_clock=True)
     with executing(loaded, policy, slots, device, observe) as executor:
         for _ in range(3):
             logits_of(loaded.model, executor, device)
         engine, engine_s = executor.counters(), device.now_s()
-    passes = [ForwardPass(n, tuple(layers)) for n, layers in zip(tokens, trace, strict=True)]
-    layer_bytes = [layer.format.size_bytes for layer in loaded.layers]
+        stalls = tuple(executor.residency.stall_s_by_layer)
+    passes = [
+        ForwardPass(count, tuple(layers), span=span)
+        for count, span, layers in zip(tokens, spans, trace, strict=True)
+    ]
+    layer_bytes = tuple(layer.format.size_bytes for layer in loaded.layers)
     chunk_bytes = chunk_bytes_for(PROFILE.link_bytes_per_s.value)
-    simulated = simulate(passes, PROFILE, policy, slots, layer_bytes, chunk_bytes)
-    assert simulated.counters == engine
+    experts = tuple(layer.experts for layer in loaded.layers)
+    setup = PolicySetup(experts, loaded.layers[0].top_k, layer_bytes, slots, Costs.of(PROFILE))
+    fresh = make_policy(policy, setup)
+    simulated = simulate(passes, PROFILE, fresh, slots, layer_bytes, chunk_bytes)
+    assert simulated.counters == replace(engine, predictor_s=0.0)
     assert simulated.total_s == engine_s
-    assert engine.evictions or policy == "cpu-miss" or slots > 8
+    assert simulated.stall_s_by_layer == stalls

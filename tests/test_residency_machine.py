@@ -6,7 +6,8 @@ the invariants; each planted bug must break one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +25,18 @@ from hypothesis.stateful import (
 )
 
 from runtime.cache import CacheTable, Slot, SlotState
-from runtime.core import POLICIES, ExpertId
+from runtime.core import ExpertId, PolicyName
 from runtime.device import Stream
 from runtime.device_emulated import EmulatedDevice, HazardError
 from runtime.errors import TransferError
+from runtime.eviction import EVICTIONS, make_eviction
 from runtime.link import Link
+from runtime.policy import Moment, Policy, PolicySetup, Reactive, Routed, Wish
+from runtime.policy_prescope import PreScope
 from runtime.residency import Residency, Steps
-from runtime.scheduler import Costs
+from runtime.scheduler import Costs, MissPlan
 from runtime.telemetry import Counters
+from runtime.trace import Guess, LayerStep, Prediction
 from runtime.transfer import virtual_transfer
 from runtime.transfer_queue import Outcome, Submit
 from tests.machines import emulated_profile
@@ -64,17 +69,68 @@ def expert_bytes(expert: ExpertId) -> torch.Tensor:
     return (torch.arange(EXPERT_BYTES) + start).to(torch.uint8)
 
 
+class Wild(Reactive):
+    """Decides at random, so that whatever a policy may do is done some time."""
+
+    name: PolicyName = "prescope"
+    predicts = True
+
+    def __init__(self, seed: int, eviction: str) -> None:
+        self.eviction = make_eviction(eviction, LAYERS)
+        self.draw = random.Random(seed)
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        missing = [miss.expert for miss in routed.misses]
+        self.draw.shuffle(missing)
+        cut = self.draw.randint(0, len(missing))
+        given_up = [m.expert for m in routed.coming if self.draw.random() < 0.3]
+        along = tuple(range(EXPERTS)) if self.draw.random() < 0.1 else ()
+        return MissPlan(tuple(missing[:cut]), (*missing[cut:], *given_up), along)
+
+    def beside(self, *told: Any) -> Sequence[Wish]:
+        return self._wishes()
+
+    def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
+        return self._wishes()
+
+    def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
+        return self._wishes()
+
+    def protects(self, expert: ExpertId) -> bool:
+        return self.draw.random() < 0.3
+
+    def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
+        return self.draw.random() < 0.7
+
+    def _wishes(self) -> list[Wish]:
+        number = self.draw.randint(0, 3)
+        draw = self.draw
+        return [
+            Wish(ExpertId(draw.randrange(LAYERS), draw.randrange(EXPERTS)), draw.random(), 0.5)
+            for _ in range(number)
+        ]
+
+
+SETUP = PolicySetup(
+    (EXPERTS,) * LAYERS, 2, (EXPERT_BYTES,) * LAYERS, SLOTS, Costs.of(emulated_profile())
+)
+
+
 class ResidencyMachine(RuleBasedStateMachine):
-    @initialize(policy=st.sampled_from(POLICIES[:3]), pinned=st.booleans())
-    def build(self, policy: Any, pinned: bool) -> None:
+    @initialize(
+        policy=st.builds(Wild, st.integers(0, 999), st.sampled_from(sorted(EVICTIONS)))
+        | st.builds(PreScope, st.just(SETUP)),
+        pinned=st.booleans(),
+    )
+    def build(self, policy: Policy, pinned: bool) -> None:
         self.device = FaultyDevice(pinned)
         self.slab = self.device.allocate_slots(SLOTS, EXPERT_BYTES)
         self.link = Link(self.device, self.slab, expert_bytes, CHUNK_BYTES)
         self.transfer = virtual_transfer(self.device, self.link, CHUNK_BYTES)
         self.counters = Counters()
-        costs = Costs.of(emulated_profile())
         sizes = [EXPERT_BYTES] * LAYERS
-        self.residency = Residency(CacheTable(SLOTS), policy, costs, sizes, self.counters)
+        cache = CacheTable(SLOTS, policy.eviction)
+        self.residency = Residency(cache, policy, sizes, self.counters)
         self.to_compute: list[tuple[ExpertId, int]] = []
         self.open = False
         self.routed = 0
@@ -97,13 +153,39 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(
         layer=st.integers(0, LAYERS - 1),
         demands=st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 40), min_size=1),
+        guesses=st.lists(
+            st.builds(
+                Prediction,
+                st.integers(0, LAYERS - 1),
+                st.integers(1, 2),
+                st.lists(
+                    st.builds(Guess, st.integers(0, EXPERTS - 1), st.floats(0, 1)),
+                    max_size=4,
+                    unique_by=lambda guess: guess.expert,
+                ).map(tuple),
+            ),
+            max_size=2,
+        ).map(tuple),
     )
-    def route(self, layer: int, demands: dict[int, int]) -> None:
+    def route(self, layer: int, demands: dict[int, int], guesses: tuple[Prediction, ...]) -> None:
         self.device.begin_layer(1)
-        self.residency.begin_pass()
+        self.carry_out(self.residency.begin_pass(1, guesses, self.moment()))
+        self.land(wait=False)
         self.open = True
         self.routed += len(demands)
-        self.carry_out(self.residency.routed(layer, demands, self.transfer.backlog_bytes))
+        step = LayerStep(dict(sorted(demands.items())), guesses)
+        self.carry_out(self.residency.routed(layer, step, self.moment()))
+
+    def moment(self) -> Moment:
+        return Moment(
+            self.residency.token,
+            1,
+            self.device.now_s(),
+            self.device.busy_until_s(),
+            self.transfer.state(self.device.now_s()),
+            self.residency.cache.free_slots,
+            self.residency.holds,
+        )
 
     @precondition(lambda self: self.to_compute)
     @rule()
@@ -126,8 +208,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open and not self.to_compute and not self.residency.waits)
     @rule()
     def close_layer(self) -> None:
-        self.residency.layer_done()
         self.open = False
+        self.carry_out(self.residency.layer_done(self.moment()))
 
     @precondition(lambda self: self.open)
     @rule()
@@ -136,14 +218,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.to_compute.clear()
         self.open = False
 
-    @rule(
-        layer=st.integers(0, LAYERS - 1),
-        experts=st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=3),
-        deadline_s=st.floats(0, 1),
-    )
-    def prefetch(self, layer: int, experts: list[int], deadline_s: float) -> None:
-        wanted = [ExpertId(layer, expert) for expert in experts]
-        self.carry_out(self.residency.prefetch(wanted, deadline_s))
+    @precondition(lambda self: not self.open)
+    @rule(seed=st.integers(0, 999), eviction=st.sampled_from(sorted(EVICTIONS)))
+    def follow_another_policy(self, seed: int, eviction: str) -> None:
+        self.carry_out(self.residency.follow(Wild(seed, eviction)))
 
     @rule()
     def cancel_prefetches(self) -> None:
@@ -206,7 +284,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 break
             self.land(wait=True)
         if self.open:
-            self.residency.layer_done()
+            self.carry_out(self.residency.layer_done(self.moment()))
         self.device.reached(self.device.now_s() + 1e6)
         self.land(wait=False)
         assert self.transfer.pending_bytes == 0
@@ -247,8 +325,9 @@ def no_wait_before_writing(self: EmulatedDevice, stream: Stream, fence: Any) -> 
         ORIGINAL_WAIT(self, stream, fence)
 
 
-def evicts_pinned(self: CacheTable, number: int) -> bool:
-    return self._slots[number].state is SlotState.READY
+def evicts_pinned(self: CacheTable, now: float, layer: int, protected: Any = None) -> Any:
+    ready = SlotState.READY
+    return self.eviction.victim(lambda e: self._slots[self._where[e]].state is ready, now, layer)
 
 
 def leaks_on_failure(self: Residency, event: Any) -> Steps:
@@ -282,9 +361,16 @@ def copies_to_the_start(self: Link, chunk: Any) -> Any:
     return begins_s, fence
 
 
-def forgets_to_promote(self: Residency, expert: ExpertId, slot: Slot) -> None:
+def forgets_to_count(self: Residency, expert: ExpertId, orders: Any) -> None:
     assert self._open is not None
+    number = self.cache.find(expert)
+    assert number is not None
+    self.cache.pin(number)
     self._open.for_bytes.add(expert)
+
+
+def forgets_probation(self: CacheTable, number: int) -> None:
+    self._slots[number].state = SlotState.READY
 
 
 ORIGINAL_WAIT = EmulatedDevice.wait
@@ -295,14 +381,15 @@ ORIGINAL_ISSUE = Link.issue
 PLANTED_BUGS = {
     "no read-after-write wait": (Link, "take_done", no_wait_before_reading),
     "no write-after-read wait": (EmulatedDevice, "wait", no_wait_before_writing),
-    "a pinned slot is evicted": (CacheTable, "_evictable", evicts_pinned),
+    "a pinned slot is evicted": (CacheTable, "victim", evicts_pinned),
     "a failed copy leaks its slot": (Residency, "ended", leaks_on_failure),
     "wasted prefetches are not counted": (Residency, "_count_eviction", loses_waste),
     "shrinking keeps the slots": (CacheTable, "trim", shrinks_nothing),
     "a slot is freed twice": (CacheTable, "release", frees_twice),
     "a staging buffer is reused too early": (EmulatedDevice, "synchronize", reuses_staging),
     "a chunk goes to the wrong place": (Link, "issue", copies_to_the_start),
-    "a late prefetch is not counted": (Residency, "_join", forgets_to_promote),
+    "a late prefetch is not counted": (Residency, "_join", forgets_to_count),
+    "a landed slot still counts as loading": (CacheTable, "landed", forgets_probation),
 }
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.scheduler import Costs, Miss, MissPlan, plan_misses, split_least_makespan
+from runtime.scheduler import Costs, Miss, MissPlan, split_by_share, split_least_makespan
 
 SIZE = 100_000
 costs_of_machines = st.builds(
@@ -18,45 +18,53 @@ costs_of_machines = st.builds(
     cpu_bytes_per_s_while_copying=st.floats(1e6, 1e11),
     cpu_call_s=st.floats(0, 1e-3),
     cpu_tokens_per_pass=st.floats(1, 100),
+    device_bytes_per_s=st.just(1e12),
+    device_tokens_per_pass=st.just(256.0),
+    host_layer_s=st.just(1e-4),
+    device_layer_s=st.just(1e-4),
 ).filter(lambda costs: costs.cpu_bytes_per_s >= costs.cpu_bytes_per_s_while_copying)
 misses_of_a_layer = st.lists(st.integers(1, 64), min_size=1, max_size=7).map(
     lambda tokens: [Miss(expert, count) for expert, count in enumerate(tokens)]
 )
 
 
-def makespan_s(load: set[int], misses: list[Miss], costs: Costs, backlog_bytes: int) -> float:
-    """The later of link and CPU, worked out apart from the code under test."""
-    link_s = 0.0
-    if load:
-        each_s = costs.link_call_s + SIZE / costs.link_bytes_per_s
-        link_s = backlog_bytes / costs.link_bytes_per_s + len(load) * each_s
+def makespan_s(
+    load: set[int], misses: list[Miss], costs: Costs, ahead_s: float, busy_s: float
+) -> float:
+    """The latest of link, CPU and device, worked out apart from the code under test."""
+    each_s = costs.link_call_s + SIZE / costs.link_bytes_per_s
+    copying_s = ahead_s + len(load) * each_s
+    link_s = copying_s if load else 0.0
     work = sum(
         SIZE * (1 + (m.tokens - 1) / costs.cpu_tokens_per_pass)
         for m in misses
         if m.expert not in load
     )
     if not work:
-        return link_s
-    done_while_copying = link_s * costs.cpu_bytes_per_s_while_copying
+        return max(link_s, busy_s)
+    done_while_copying = copying_s * costs.cpu_bytes_per_s_while_copying
     if done_while_copying >= work:
-        return max(link_s, costs.cpu_call_s + work / costs.cpu_bytes_per_s_while_copying)
-    alone_s = (work - done_while_copying) / costs.cpu_bytes_per_s
-    return max(link_s, costs.cpu_call_s + link_s + alone_s)
+        cpu_s = work / costs.cpu_bytes_per_s_while_copying
+    else:
+        cpu_s = copying_s + (work - done_while_copying) / costs.cpu_bytes_per_s
+    return max(link_s, costs.cpu_call_s + cpu_s, busy_s)
 
 
-@given(misses_of_a_layer, costs_of_machines, st.integers(0, 1_000_000))
-def test_no_other_choice_ends_sooner(misses: list[Miss], costs: Costs, backlog_bytes: int) -> None:
-    plan = split_least_makespan(misses, SIZE, costs, backlog_bytes)
+@given(misses_of_a_layer, costs_of_machines, st.floats(0, 0.1), st.floats(0, 0.1))
+def test_no_other_choice_ends_sooner(
+    misses: list[Miss], costs: Costs, ahead_s: float, busy_s: float
+) -> None:
+    plan = split_least_makespan(misses, SIZE, costs, ahead_s, busy_s)
     assert sorted(plan.load + plan.cpu) == [miss.expert for miss in misses]
-    chosen_s = makespan_s(set(plan.load), misses, costs, backlog_bytes)
+    chosen_s = makespan_s(set(plan.load), misses, costs, ahead_s, busy_s)
     everyone = [miss.expert for miss in misses]
     for count in range(len(everyone) + 1):
         for load in combinations(everyone, count):
-            assert chosen_s <= makespan_s(set(load), misses, costs, backlog_bytes) * (1 + 1e-9)
+            assert chosen_s <= makespan_s(set(load), misses, costs, ahead_s, busy_s) * (1 + 1e-9)
 
 
 def desktop(link: float, cpu: float) -> Costs:
-    return Costs(link, 48e-6, cpu, cpu * 0.75, 20e-6, 16)
+    return Costs(link, 48e-6, cpu, cpu * 0.75, 20e-6, 16, 5e11, 256, 1e-4, 1e-4)
 
 
 def test_a_single_miss_goes_to_a_cpu_that_is_faster_than_the_link() -> None:
@@ -79,16 +87,26 @@ def test_a_full_link_leaves_the_work_to_the_cpu() -> None:
     misses = [Miss(expert, 1) for expert in range(4)]
     size_bytes = 50 * SIZE
     idle = split_least_makespan(misses, size_bytes, desktop(25e9, 55e9), 0)
-    busy = split_least_makespan(misses, size_bytes, desktop(25e9, 55e9), 100 * size_bytes)
+    busy = split_least_makespan(misses, size_bytes, desktop(25e9, 55e9), 100 * size_bytes / 25e9)
     assert idle.load
     assert not busy.load
 
 
-def test_each_policy_serves_misses_its_own_way() -> None:
-    misses = [Miss(expert, 1) for expert in range(3)]
-    costs = desktop(25e9, 55e9)
-    everyone = (0, 1, 2)
-    assert plan_misses("on-demand", misses, SIZE, costs, 0, False) == MissPlan(everyone, ())
-    assert plan_misses("cpu-only", misses, SIZE, costs, 0, True) == MissPlan((), everyone)
-    assert plan_misses("cpu-miss", misses, SIZE, costs, 0, False) == MissPlan((), everyone)
-    assert plan_misses("cpu-miss", misses, SIZE, costs, 0, True) == MissPlan(everyone, ())
+def test_among_equals_what_the_cache_wants_most_is_fetched() -> None:
+    misses = [Miss(expert, 1) for expert in range(6)]
+    plan = split_least_makespan(misses, 50 * SIZE, desktop(25e9, 25e9), worth=float)
+    assert plan.load
+    assert plan.load == tuple(sorted(plan.load, reverse=True))
+    assert set(plan.load) == set(range(6 - len(plan.load), 6))
+
+
+@given(st.integers(1, 12), st.floats(1e9, 1e11), st.floats(1e9, 1e11))
+def test_the_share_rule_is_within_one_expert_of_the_rates(
+    count: int, link: float, cpu: float
+) -> None:
+    misses = [Miss(expert, 1) for expert in range(count)]
+    costs = desktop(link, cpu)
+    share = link / (link + costs.cpu_bytes_per_s_while_copying)
+    plan = split_by_share(misses, costs)
+    assert abs(len(plan.load) - share * count) < 1
+    assert sorted(plan.load + plan.cpu) == list(range(count))

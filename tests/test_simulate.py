@@ -10,14 +10,21 @@ from hypothesis import strategies as st
 
 from runtime.core import POLICIES, PolicyName
 from runtime.link import chunk_bytes_for
-from runtime.simulate import ForwardPass, Simulated, simulate
+from runtime.policy import PolicySetup
+from runtime.policy_table import make_policy
+from runtime.scheduler import Costs
+from runtime.simulate import Simulated, simulate
 from runtime.telemetry import Counters
+from runtime.trace import ForwardPass, Guess, LayerStep, Prediction
 from tests.machines import emulated_profile
 
 LAYERS, EXPERTS, K, SIZE = 4, 16, 3, 100_000
+CARD_POLICIES = [policy for policy in POLICIES if policy != "cpu-only"]
 
 
-def trace_of(seed: int, passes: int = 40, tokens: int = 1) -> list[ForwardPass]:
+def trace_of(
+    seed: int, passes: int = 40, tokens: int = 1, recall: float = 0.8
+) -> list[ForwardPass]:
     """Routing with some locality: each layer prefers a few experts that drift."""
     draw = random.Random(seed)
     hot = [draw.sample(range(EXPERTS), 6) for _ in range(LAYERS)]
@@ -30,14 +37,36 @@ def trace_of(seed: int, passes: int = 40, tokens: int = 1) -> list[ForwardPass]:
             pool = list(set(hot[layer]) | {draw.randrange(EXPERTS)})
             chosen = sorted(draw.sample(pool, min(K, len(pool))))
             layers.append(dict.fromkeys(chosen, tokens))
-        trace.append(ForwardPass(tokens, tuple(layers)))
+        steps = [
+            LayerStep(demands, foresight(draw, layers, layer, recall))
+            for layer, demands in enumerate(layers)
+        ]
+        trace.append(ForwardPass(tokens, tuple(steps), foresight(draw, layers, -1, recall)))
     return trace
+
+
+def foresight(
+    draw: random.Random, layers: list[dict[int, int]], layer: int, recall: float
+) -> tuple[Prediction, ...]:
+    """Guesses for the next two layers of which `recall` come true."""
+    found = []
+    for distance in (1, 2):
+        if layer + distance < len(layers):
+            true = [
+                e if draw.random() < recall else draw.randrange(EXPERTS)
+                for e in layers[layer + distance]
+            ]
+            guesses = tuple(Guess(expert, recall) for expert in sorted(set(true)))
+            found.append(Prediction(layer + distance, distance, guesses))
+    return tuple(found)
 
 
 def run(trace: list[ForwardPass], policy: PolicyName, slots: int, **profile: float) -> Simulated:
     machine = emulated_profile(**profile)
     chunk_bytes = chunk_bytes_for(machine.link_bytes_per_s.value)
-    return simulate(trace, machine, policy, slots, [SIZE] * LAYERS, chunk_bytes)
+    setup = PolicySetup((EXPERTS,) * LAYERS, K, (SIZE,) * LAYERS, slots, Costs.of(machine))
+    made = make_policy(policy, setup)
+    return simulate(trace, machine, made, slots, [SIZE] * LAYERS, chunk_bytes)
 
 
 def bound_s(trace: list[ForwardPass], counters: Counters) -> float:
@@ -52,7 +81,7 @@ def bound_s(trace: list[ForwardPass], counters: Counters) -> float:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(POLICIES[:3]), st.integers(1, LAYERS * EXPERTS))
+@given(st.integers(0, 10**6), st.sampled_from(CARD_POLICIES), st.integers(1, LAYERS * EXPERTS))
 def test_every_run_closes_repeats_and_respects_the_bound(
     seed: int, policy: PolicyName, slots: int
 ) -> None:
@@ -60,8 +89,11 @@ def test_every_run_closes_repeats_and_respects_the_bound(
     first, second = run(trace, policy, slots), run(trace, policy, slots)
     assert first == second
     c = first.counters
-    assert sum(c.served) == c.routed == sum(len(d) for p in trace for d in p.layers)
-    assert c.link_bytes_issued == c.link_bytes_on_demand + c.link_bytes_pending
+    assert sum(c.served) == c.routed == sum(len(step.demands) for p in trace for step in p.layers)
+    settled = c.link_bytes_on_demand + c.link_bytes_prefetch_used + c.link_bytes_prefetch_late
+    settled += c.link_bytes_prefetch_wasted + c.link_bytes_cancelled
+    unused = c.link_bytes_issued - c.link_bytes_pending - settled
+    assert 0 <= unused <= slots * SIZE, "only what landed and waits may be open"
     assert first.total_s >= bound_s(trace, c)
 
 
@@ -91,16 +123,24 @@ def test_hybrid_is_at_least_as_fast_as_either_rail_alone() -> None:
 
 def test_a_prompt_that_needs_more_experts_than_slots_is_served_in_waves() -> None:
     everyone = {expert: 5 for expert in range(EXPERTS)}
-    trace = [ForwardPass(27, (everyone,) * LAYERS)]
+    trace = [ForwardPass(27, (LayerStep(everyone),) * LAYERS, span=27)]
     counters = run(trace, "on-demand", 2).counters
     assert counters.served_on_demand == LAYERS * EXPERTS
     assert counters.evictions == LAYERS * EXPERTS - 2
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "prescope"])
 def test_host_time_is_charged_once_per_layer(policy: PolicyName) -> None:
     trace = trace_of(6)
     lean, heavy = (
         run(trace, policy, LAYERS * EXPERTS, host_layer_s=host_s).total_s for host_s in (0.0, 0.01)
     )
     assert heavy - lean == pytest.approx(len(trace) * LAYERS * 0.01, rel=0.02)
+
+
+def test_prescope_uses_host_time_to_copy_ahead() -> None:
+    trace = trace_of(6, passes=100)
+    lean, heavy = (run(trace, "prescope", 20, host_layer_s=s) for s in (0.0, 0.002))
+    charged_s = len(trace) * LAYERS * 0.002
+    assert heavy.total_s - lean.total_s < charged_s
+    assert heavy.counters.served_prefetch_in_time > lean.counters.served_prefetch_in_time

@@ -1,0 +1,137 @@
+"""What a policy decides, and what it is told: the seam between residency and every rule.
+
+Residency keeps the books (who is where, who waits for what); a policy only chooses: which misses
+go over the link, what is copied ahead, who is evicted. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.core import ExpertId, PolicyName
+from runtime.eviction import Eviction
+from runtime.scheduler import Costs, Miss, MissPlan
+from runtime.trace import Prediction
+from runtime.transfer_queue import QueueState
+
+
+@dataclass(frozen=True)
+class PolicySetup:
+    """What a policy is made for. `layer_bytes[l]` is the size of an expert of MoE layer l."""
+
+    experts: tuple[int, ...]
+    top_k: int
+    layer_bytes: tuple[int, ...]
+    slots: int
+    costs: Costs
+
+    @property
+    def layers(self) -> int:
+        return len(self.experts)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The state of the machine when a policy is asked.
+
+    `token` counts tokens since the start; `tokens` is how many rows the pass has. `now_s` is the
+    host's time, `device_free_s` when the device will have computed all it was given. `holds` says
+    whether an expert has a slot.
+    """
+
+    token: float
+    tokens: int
+    now_s: float
+    device_free_s: float
+    queue: QueueState
+    free_slots: int
+    holds: Callable[[ExpertId], bool]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A layer that was just routed: what is in place, what is coming and what is missing.
+
+    `coming` are on the link; `misses` have no slot, or one whose copy has not begun.
+    """
+
+    layer: int
+    hits: tuple[Miss, ...]
+    coming: tuple[Miss, ...]
+    misses: tuple[Miss, ...]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Copy `expert` ahead: the link takes wishes by `deadline_s`. `use` is how likely it is
+    needed then, 0 to 1."""
+
+    expert: ExpertId
+    deadline_s: float
+    use: float
+
+
+class Policy(Protocol):
+    """One way to place experts. Called by residency only, on the engine thread."""
+
+    name: PolicyName
+    eviction: Eviction
+    predicts: bool
+    """Whether it can use predictions at all."""
+    look_ahead: bool
+    """Whether it copies ahead now; a person may switch that."""
+
+    def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
+        """A forward pass begins; return what to copy before its first layer is routed."""
+        ...
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        """Say where each miss of a layer is served.
+
+        A coming expert that is named for the CPU is computed there; its copy goes on.
+        """
+        ...
+
+    def beside(
+        self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
+    ) -> Sequence[Wish]:
+        """Return what to copy while this layer is served."""
+        ...
+
+    def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
+        """Return what to copy from the end of this layer on."""
+        ...
+
+    def protects(self, expert: ExpertId) -> bool:
+        """Say whether a resident expert should be kept although its eviction rule would not."""
+        ...
+
+    def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
+        """Say whether a wish is worth more than the expert it would evict."""
+        ...
+
+
+class Reactive:
+    """What policies without foresight share: nothing is copied ahead, nobody is protected."""
+
+    predicts = False
+    look_ahead = False
+
+    def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
+        return ()
+
+    def beside(
+        self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
+    ) -> Sequence[Wish]:
+        return ()
+
+    def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
+        return ()
+
+    def protects(self, expert: ExpertId) -> bool:
+        return False
+
+    def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
+        return False

@@ -1,0 +1,137 @@
+"""The policies without foresight: what the engines that people use today do with a miss.
+
+Each is the rule of a known engine on this substrate, where hits never wait for a copy and every
+rail runs beside the others; so they are at least as fast here as where they come from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from runtime.core import ExpertId, PolicyName
+from runtime.eviction import Eviction, Lru, make_eviction
+from runtime.policy import Moment, PolicySetup, Reactive, Routed
+from runtime.scheduler import MissPlan, split_by_share, split_least_makespan
+
+
+def _everyone(routed: Routed) -> tuple[int, ...]:
+    return tuple(miss.expert for miss in routed.misses)
+
+
+class OnDemand(Reactive):
+    """Load every miss into a cache: the class of Mixtral-offloading (arXiv 2312.17238)."""
+
+    name: PolicyName = "on-demand"
+
+    def __init__(self, setup: PolicySetup, eviction: str = "lru") -> None:
+        self.eviction = make_eviction(eviction, setup.layers)
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        return MissPlan(_everyone(routed), ())
+
+
+class CpuOnly(Reactive):
+    """Compute everything on the CPU."""
+
+    name: PolicyName = "cpu-only"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        self.eviction: Eviction = Lru()
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        return MissPlan((), _everyone(routed))
+
+
+class CpuMiss(Reactive):
+    """Fill the slots with what comes first and compute every later miss on the CPU: Fiddler
+    (arXiv 2402.07033), llama.cpp `--cpu-moe`."""
+
+    name: PolicyName = "cpu-miss"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        self.eviction: Eviction = Lru()
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        misses = _everyone(routed)
+        room = min(moment.free_slots, len(misses))
+        return MissPlan(misses[:room], misses[room:])
+
+
+class StaticSplit(Reactive):
+    """The first layers' experts resident, those of the others on the CPU: llama.cpp
+    `--n-cpu-moe`, LM Studio. The layer where slots end has as many as are left."""
+
+    name: PolicyName = "static-split"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        self.eviction: Eviction = Lru()
+        self._resident: list[int] = []
+        left = setup.slots
+        for count in setup.experts:
+            self._resident.append(min(count, left))
+            left -= min(count, left)
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        kept = self._resident[routed.layer]
+        load = tuple(miss.expert for miss in routed.misses if miss.expert < kept)
+        cpu = tuple(miss.expert for miss in routed.misses if miss.expert >= kept)
+        return MissPlan(load, cpu)
+
+
+class LayerStream(Reactive):
+    """Layers that fit stay; the others are copied whole, every expert, as they come: accelerate's
+    `device_map` offload. At least one layer's slots are kept for streaming."""
+
+    name: PolicyName = "layer-stream"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        self._experts = setup.experts
+        left = setup.slots - max(setup.experts)
+        self._stays = []
+        for count in setup.experts:
+            left -= count
+            self._stays.append(left >= 0)
+        self.eviction: Eviction = Lru()
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        load = _everyone(routed)
+        if self._stays[routed.layer]:
+            return MissPlan(load, ())
+        return MissPlan(load, (), tuple(range(self._experts[routed.layer])))
+
+    def protects(self, expert: ExpertId) -> bool:
+        return self._stays[expert.layer]
+
+
+class Hybrid(Reactive):
+    """Split misses between link and CPU by measured rates while both run; what was fetched stays:
+    FreeToken (arXiv 2608.16157).
+
+    `split` is "makespan" with all constants, or "share", FreeToken's own rule. Among equals the
+    expert worth most in the cache is fetched.
+    """
+
+    name: PolicyName = "hybrid"
+
+    def __init__(
+        self,
+        setup: PolicySetup,
+        split: Literal["makespan", "share"] = "makespan",
+        eviction: str = "lru",
+    ) -> None:
+        self.eviction = make_eviction(eviction, setup.layers)
+        self._setup = setup
+        self._by_share = split == "share"
+
+    def place(self, routed: Routed, moment: Moment) -> MissPlan:
+        layer, costs = routed.layer, self._setup.costs
+
+        def worth(expert: int) -> float:
+            return self.eviction.worth(ExpertId(layer, expert), moment.token, layer)
+
+        if self._by_share:
+            return split_by_share(routed.misses, costs, worth)
+        size = self._setup.layer_bytes[layer]
+        ahead_s = max(0.0, moment.queue.stream_free_s - moment.now_s)
+        ahead_s += moment.queue.demanded_bytes / costs.link_bytes_per_s
+        return split_least_makespan(routed.misses, size, costs, ahead_s, worth=worth)

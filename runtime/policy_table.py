@@ -1,0 +1,40 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from runtime.core import POLICIES
+from runtime.errors import ConfigError
+from runtime.policy import Policy, PolicySetup
+from runtime.policy_prescope import PreScope
+from runtime.policy_reactive import CpuMiss, CpuOnly, Hybrid, LayerStream, OnDemand, StaticSplit
+
+_POLICIES: dict[str, Callable[..., Policy]] = {
+    "prescope": PreScope,
+    "hybrid": Hybrid,
+    "on-demand": OnDemand,
+    "cpu-miss": CpuMiss,
+    "static-split": StaticSplit,
+    "layer-stream": LayerStream,
+    "cpu-only": CpuOnly,
+}
+
+
+def make_policy(name: str, setup: PolicySetup, **settings: Any) -> Policy:
+    """Return a fresh policy; `settings` are its own keyword arguments.
+
+    Raises:
+        ConfigError: there is no policy of that name, or it needs slots and there are none.
+    """
+    if name not in _POLICIES:
+        raise ConfigError(
+            f"There is no policy called {name!r}.", f"Choose one of {', '.join(POLICIES)}."
+        )
+    if setup.slots == 0 and name != "cpu-only":
+        raise ConfigError(
+            f"The policy {name!r} needs expert slots and this machine has none.",
+            "Without a card experts are computed in place: choose cpu-only.",
+        )
+    return _POLICIES[name](setup, **settings)
