@@ -63,6 +63,7 @@ class MoeInfinityTracer:
         self._match = Match(self.collection)
         self._other = ActivationMatrix(2 * layers, experts)
         self._best: tuple[int, float] | None = None
+        self._entry = np.zeros((2 * layers, experts))
         self._prompt = False
         self._matched = True
         layer = np.arange(layers)
@@ -127,10 +128,8 @@ class MoeInfinityTracer:
         Of shape [layers, experts]; zero where nothing is known.
         """
         self._settle()
-        if self._best is None:
-            return self._of_kind(self.request.ratios(), self._prompt)
-        entry = self.collection.entry(self._best[0]).astype(np.float64)
-        return self._of_kind(entry, self._prompt)
+        known = self.request.ratios() if self._best is None else self._entry
+        return self._of_kind(known, self._prompt)
 
     def priorities(self, layer: int) -> Floats:
         """Return how urgent a prefetch of each expert is after layer `layer`, [layers, experts].
@@ -144,7 +143,9 @@ class MoeInfinityTracer:
     def ranked(self, layer: int, most: int) -> list[tuple[ExpertId, float]]:
         """Return the most urgent experts with their priorities, the most urgent first."""
         priorities = self.priorities(layer).ravel()
-        first = np.argsort(-priorities, kind="stable")[:most]
+        most = min(most, len(priorities))
+        first = np.argpartition(-priorities, most - 1)[:most]
+        first = first[np.lexsort((first, -priorities[first]))]
         return [
             (ExpertId(*divmod(int(number), self.experts)), float(priorities[number]))
             for number in first
@@ -161,8 +162,7 @@ class MoeInfinityTracer:
             self._settle()
             reuse = self._of_kind(self.request.ratios(), prompt=False)
             if self._best is not None:
-                entry = self.collection.entry(self._best[0]).astype(np.float64)
-                reuse = (reuse + self._of_kind(entry, prompt=False)) / 2
+                reuse = (reuse + self._of_kind(self._entry, prompt=False)) / 2
             self._reuse = (reuse + TRIFLE) * self._depth
             self._reuse_of = self.changes
         return self._reuse
@@ -174,5 +174,9 @@ class MoeInfinityTracer:
         return first if first.any() else second
 
     def _settle(self) -> None:
-        if not self._matched:
-            self._best, self._matched = self._match.best(), True
+        if self._matched:
+            return
+        before = self._best
+        self._best, self._matched = self._match.best(), True
+        if self._best is not None and (before is None or self._best[0] != before[0]):
+            self._entry = self.collection.entry(self._best[0]).astype(np.float64, order="C")
