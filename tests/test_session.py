@@ -346,6 +346,51 @@ def test_two_chats_answer_at_the_same_time(stepped: tuple[Rig, SteppedEngine]) -
     assert rig.settled(one)[-1].content == "first"
 
 
+def test_sixteen_chats_stream_at_once_and_every_token_is_counted(
+    stepped: tuple[Rig, SteppedEngine],
+) -> None:
+    rig, engine = stepped
+    chats = [rig.sessions.send(None, f"chat {number}") for number in range(16)]
+    with engine.asked:
+        assert engine.asked.wait_for(lambda: len(engine.streams) == len(chats), SOON_S)
+    for round_ in range(1, 4):
+        for chat in chats:
+            engine.streams[chat].fed.put(Delta("answer", "word ", (round_, round_)))
+        for chat in chats:
+            written = "word " * round_
+            rig.until(chat, lambda view, w=written: bool(view.live and view.live.text == w))
+        assert rig.sessions.progress().tokens == 2 * round_ * len(chats)
+    with pytest.raises(BusyError):
+        rig.sessions.send(chats[3], "one answer at a time")
+    before = rig.sessions.progress()
+    assert (before.answering, before.started) == (16, 16)
+    assert before.last_token_s <= time.monotonic()
+    for chat in reversed(chats):
+        engine.streams[chat].finish()
+    for chat in chats:
+        assert rig.settled(chat)[-1].content == "word " * 3
+    after = rig.sessions.progress()
+    assert (after.answering, after.tokens) == (0, before.tokens)
+
+
+def test_a_question_tells_the_engine_that_prediction_is_off(tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    class Told(FakeEngine):
+        def set_prediction(self, on: bool) -> None:
+            told.append(on)
+
+    made = Rig(tmp_path, Told(tokens_per_s=2000))
+    chat = made.sessions.send(None, "as it comes")
+    made.settled(chat)
+    assert told == []
+    made.settings.update(prediction=False)
+    made.sessions.send(chat, "and now without")
+    made.settled(chat)
+    assert told == [False]
+    made.close()
+
+
 @pytest.mark.parametrize("said", ["", "some text"])
 def test_stop_keeps_the_text(stepped: tuple[Rig, SteppedEngine], said: str) -> None:
     rig, engine = stepped
