@@ -123,4 +123,4 @@ def compared(before: float, after: float | None) -> tuple[str, str]:
 
 
 def _speed(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:.{0 if tokens_per_s >= 100 else 1 if tokens_per_s >= 1 else 2}f}"
+    return f"{tokens_per_s:.{0 if tokens_per_s >= 100 else 1 if tokens_per_s >= 10 else 2}f}"

@@ -110,5 +110,6 @@ class PredictionWatch:
             self._engine.set_prediction(False)
         self._ready = ready
         if snapshot is not None and policy_text(snapshot.policy).predicts:
-            self._meter.sample(self._progress(), on, (snapshot.model, snapshot.policy))
+            subject = (snapshot.model, snapshot.policy, snapshot.cache_slots)
+            self._meter.sample(self._progress(), on, subject)
         return prediction_view(on, snapshot, self._meter.pair)

@@ -116,5 +116,5 @@ def test_the_pair_is_measured_on_the_tokens_of_the_chats(tmp_path: Path) -> None
     assert view.switched is not None
     assert (view.switched.text, view.switched.change) == ("40.0 → 32.0 tok/s", "−20 %")
     store.update(prediction=True)
-    other = watch.view(READY, replace(NOW, model="another"))
-    assert other.switched is None
+    other = watch.view(READY, replace(NOW, cache_slots=1))
+    assert other.switched is None  # not the same cache any more

@@ -181,7 +181,7 @@ def test_any_progress_gives_speeds_that_are_numbers(
         (0.5, 0.75, "0.50 → 0.75 tok/s", "+50 %"),
         (150.0, 149.0, "150 → 149 tok/s", "−1 %"),
         (47.1, None, "47.1 → … tok/s", ""),
-        (0.0, 5.0, "0.00 → 5.0 tok/s", "±0 %"),
+        (0.0, 5.0, "0.00 → 5.00 tok/s", "±0 %"),
     ],
 )
 def test_a_pair_in_words(before: float, after: float | None, text: str, change: str) -> None:
