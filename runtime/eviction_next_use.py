@@ -12,109 +12,148 @@ where rules that look only backwards evict each expert just before its turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.core import ExpertId
-from runtime.eviction_frequency import HALF_LIFE_TOKENS, NEVER, DecayedScores, LowestFirst
 
-FAR = 1000.0  # log2 of passes: later than this is never
+Floats = NDArray[np.float64]
+
+HALF_LIVES_TOKENS = (1.0, 16.0, 128.0)
+SHARES = (0.2, 0.65, 0.15)
+"""What was used a token ago, a sentence ago and in this chat. Of a dozen mixtures tried on three
+traces (the default model's, and two made from statistics) this one was never worse than the
+middle scale alone by more than 0.2 points of hit rate, and up to 3 better."""
+
+RECENCY_HALF_LIFE_TOKENS = 16.0
+RAREST = 2.0**-60
 
 
 class ExpectedNextUse:
     """Latest expected next use first; an unused prefetch whose layer has passed before all.
 
-    r is estimated from the decayed score at the end of the layer's last turn: an expert that is
-    used with probability r per token has the score r / (1 - 2 ** (-1 / half_life)) in the long
-    run. Within a layer the next use is later where the score is lower, so one lazy heap per layer
-    and a comparison of the L heads find the victim. `_bounds[t]` is never above the key of layer
-    t's head, so the cost computed from it is an upper bound that is checked when it wins.
+    r is estimated at the end of the layer's last turn as a mixture of use rates over several
+    scales: an expert that is used with probability r per token has a decayed count of uses of
+    r / (1 - 2 ** (-1 / half_life)) in the long run. Between a layer's turns its r stay as they
+    are, so each layer's latest resident is looked up once per turn, and once per change of its
+    residents (`scans` counts that); a victim is the latest of these L.
     """
 
-    def __init__(self, layers: int, half_life_tokens: float = HALF_LIFE_TOKENS) -> None:
-        self._scores = DecayedScores(half_life_tokens)
-        self._residents = [LowestFirst(self._scores.keys) for _ in range(layers)]
+    def __init__(
+        self,
+        layers: int,
+        half_lives_tokens: Sequence[float] = HALF_LIVES_TOKENS,
+        shares: Sequence[float] = SHARES,
+    ) -> None:
+        self.scans = 0
+        self._half_lives = np.array(half_lives_tokens)
+        self._one_token = np.exp2(-1.0 / self._half_lives)
+        self._rates = np.array(shares) * (1.0 - self._one_token)
+        # Per layer: decayed counts [scales, experts], and 0 for residents, inf for the others.
+        self._counts = [np.zeros((len(self._half_lives), 1)) for _ in range(layers)]
+        self._absent = [np.full(1, math.inf) for _ in range(layers)]
+        self._turns = [0.0] * layers
+        self._stale: set[int] = set()
+        self._latest = [0] * layers
+        self._passes = np.full(layers, -math.inf)
         self._probation: dict[ExpertId, None] = {}
-        self._log_share = math.log2(1.0 - 2.0 ** (-1.0 / half_life_tokens))
-        self._bounds = np.full(layers, math.inf)
-        turns = np.arange(layers)
-        self._wait_passes = (turns[None, :] - turns[:, None] - 1) % layers / layers
-        # The last turn of layers still to come in this pass was one token ago.
-        self._log_last_turn = (turns[None, :] > turns[:, None]) / half_life_tokens
-        self._costs = np.empty(layers)
-        self._seen_from: tuple[float, int] | None = None
-
-    @property
-    def heap_operations(self) -> int:
-        return sum(layer.heap_operations for layer in self._residents)
+        turn = np.arange(layers)
+        self._wait_passes = (turn[None, :] - turn[:, None] - 1) % layers / layers
 
     def used(self, expert: ExpertId, now: float, weight: float = 1.0) -> None:
-        self._scores.use(expert, now, weight)
+        layer, number = expert
+        if number >= len(self._absent[layer]):
+            self._make_room(layer, number)
+        counts = self._counts[layer]
+        tokens = now - self._turns[layer]
+        if tokens:
+            decay = self._one_token if tokens == 1.0 else self._one_token**tokens
+            counts *= decay[:, None]
+            self._turns[layer] = now
+        counts[:, number] += 1.0 if weight == 1.0 else self._per_scale(weight)
+        self._stale.add(layer)
         self._probation.pop(expert, None)
 
     def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
-        key = self._residents[expert.layer].add(expert)
-        if key < self._bounds[expert.layer]:
-            self._set_bound(expert.layer, key)
+        layer, number = expert
+        if number >= len(self._absent[layer]):
+            self._make_room(layer, number)
+        assert self._absent[layer][number], f"{expert} has a slot already"
+        self._absent[layer][number] = 0.0
+        self._stale.add(layer)
         if prefetched:
             self._probation[expert] = None
 
     def removed(self, expert: ExpertId) -> None:
-        self._residents[expert.layer].remove(expert)
+        layer, number = expert
+        assert not self._absent[layer][number], f"{expert} has no slot"
+        self._absent[layer][number] = math.inf
+        self._stale.add(layer)
         self._probation.pop(expert, None)
 
     def victim(self, may_go: Callable[[ExpertId], bool], now: float, layer: int) -> ExpertId | None:
         for expert in self._probation:
             if may_go(expert):
                 return expert
-        if (now, layer) != self._seen_from:
-            self._look_from(now, layer)
-        costs = self._costs
-        kept: list[tuple[float, ExpertId]] = []
+        for turn in self._stale:
+            self._scan(turn)
+        self._stale.clear()
+        costs = self._passes + self._wait_passes[layer]
+        kept: list[ExpertId] = []
         found = None
-        while costs[turn := int(costs.argmax())] > NEVER:
-            entry = self._residents[turn].lowest()
-            if entry is None:
-                self._bounds[turn], costs[turn] = math.inf, NEVER
-            elif entry[0] != self._bounds[turn]:
-                self._set_bound(turn, entry[0])
-            elif may_go(entry[1]):
-                found = entry[1]
+        while costs[turn := int(costs.argmax())] > -math.inf:
+            expert = ExpertId(turn, self._latest[turn])
+            if may_go(expert):
+                found = expert
                 break
-            else:
-                kept.append(self._residents[turn].set_aside())
-        for entry in reversed(kept):
-            self._residents[entry[1].layer].put_back(entry)
-            self._set_bound(entry[1].layer, entry[0])
+            kept.append(expert)
+            self._absent[turn][expert.expert] = math.inf
+            self._scan(turn)
+            costs[turn] = self._passes[turn] + self._wait_passes[layer, turn]
+        for expert in kept:
+            self._absent[expert.layer][expert.expert] = 0.0
+            self._stale.add(expert.layer)
         return found
 
     def worth(self, expert: ExpertId, now: float, layer: int) -> float:
         """Return minus the expected passes until the next use; minus infinity on probation."""
         if expert in self._probation:
-            return NEVER
-        key = self._scores.keys.get(expert, NEVER)
-        return 1.0 - self._passes(expert.layer, key, now, layer)
+            return -math.inf
+        rate = 0.0
+        if expert.expert < len(self._absent[expert.layer]):
+            rate = float((self._counts[expert.layer][:, expert.expert] * self._rates).sum())
+        waits = self._wait_passes[layer, expert.layer]
+        return float(1.0 - waits - 1.0 / min(max(rate, RAREST), 1.0))
 
-    def _look_from(self, now: float, layer: int) -> None:
-        """Work out `_costs` of all layers; they hold for every victim asked for from here."""
-        self._seen_from = (now, layer)
-        costs = self._costs
-        log_now = now / self._scores.half_life_tokens - self._log_share
-        np.subtract(log_now, self._bounds, out=costs)
-        costs -= self._log_last_turn[layer]
-        np.minimum(costs, FAR, out=costs)
-        np.exp2(costs, out=costs)
-        np.maximum(costs, 1.0, out=costs)
-        costs += self._wait_passes[layer]
+    def _per_scale(self, weight: float) -> Floats:
+        """Return the decayed counts that uses of a recency weight stand for, [scales].
 
-    def _set_bound(self, turn: int, key: float) -> None:
-        self._bounds[turn] = key
-        if self._seen_from is not None:
-            self._costs[turn] = self._passes(turn, key, *self._seen_from)
+        The weight is the uses' decayed count at the usual half-life: one use some tokens ago
+        where it is below 1, and above it a rate of uses, which long scales count in full.
+        """
+        if weight <= 1.0:
+            counts: Floats = weight ** (RECENCY_HALF_LIFE_TOKENS / self._half_lives)
+        else:
+            recency = 2.0 ** (-1.0 / RECENCY_HALF_LIFE_TOKENS)
+            always = self._one_token / (1.0 - self._one_token)
+            counts = 1.0 + (weight - 1.0) * np.minimum(always * (1.0 - recency) / recency, 1.0)
+        return counts
 
-    def _passes(self, turn: int, key: float, now: float, layer: int) -> float:
-        """Return the expected passes until the next use, plus 1."""
-        log_now = now / self._scores.half_life_tokens - self._log_share
-        exponent = min(log_now - key - float(self._log_last_turn[layer, turn]), FAR)
-        return float(max(2.0**exponent, 1.0) + self._wait_passes[layer, turn])
+    def _scan(self, layer: int) -> None:
+        """Find the layer's resident with the latest expected next use."""
+        self.scans += 1
+        # Not a matrix product: its last bits depend on where in memory the operands lie.
+        rates = (self._counts[layer] * self._rates[:, None]).sum(axis=0)
+        rates += self._absent[layer]
+        lowest = int(rates.argmin())
+        self._latest[layer] = lowest
+        rate = float(rates[lowest])
+        none = rate == math.inf
+        self._passes[layer] = -math.inf if none else 1.0 / min(max(rate, RAREST), 1.0)
+
+    def _make_room(self, layer: int, number: int) -> None:
+        more = max(number + 1 - len(self._absent[layer]), len(self._absent[layer]))
+        self._counts[layer] = np.pad(self._counts[layer], ((0, 0), (0, more)))
+        self._absent[layer] = np.pad(self._absent[layer], (0, more), constant_values=math.inf)
