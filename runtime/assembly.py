@@ -118,14 +118,7 @@ def assemble(
         publish,
     )
 
-    def run(
-        layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        rows = executor.run(layer, hidden, index, weights)
-        engine.heartbeat()
-        return rows
-
-    attach(loaded.layers, run)
+    attach(loaded.layers, engine.experts)
     engine.announce()
     return engine
 

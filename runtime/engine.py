@@ -1,4 +1,4 @@
-"""One loaded model that answers conversations: prefill in chunks, then token after token.
+"""One loaded model that answers several conversations at once, token after token.
 
 Everything here runs on one thread, the engine's. Times are the device's, so that an emulated card
 reports modelled seconds.
@@ -6,15 +6,13 @@ reports modelled seconds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
-import torch
+from torch import Tensor
 
 from runtime.core import (
-    Accepted,
-    Delta,
-    Finished,
     FinishReason,
     GenerationChunk,
     HardwareProfile,
@@ -22,26 +20,26 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
+from runtime.engine_generation import Generation
 from runtime.engine_parts import EngineParts
-from runtime.errors import MemoryPlanError
+from runtime.engine_pass import Outcome, Passes, Step, StoppedError
+from runtime.meeting import outcome_of
 from runtime.prompts import PromptEncoder
-from runtime.sampler import Sampler, check_params
-from runtime.sequences import Conversation, Conversations
+from runtime.sampler import check_params
+from runtime.sequences import MAX_TOGETHER, Conversations
 from runtime.telemetry import Gauges, Panel, Timing, generation_stats
-from runtime.text_stream import Piece, TextStream
 
 PREFILL_CHUNK_TOKENS = 512
 
 
-class _StoppedError(Exception):
-    """The caller asked to stop in the middle of a prefill pass."""
-
-
 class Engine:
-    """Answers conversations with one model, one at a time.
+    """Answers conversations with one model, up to `MAX_TOGETHER` at once.
 
-    `heartbeat` must be called by the model between its layers: it keeps the telemetry flowing and
-    lets a long prefill be stopped.
+    `submit` accepts a request and `step` computes one forward pass for everybody: the next token
+    of those that answer and the next chunk of those whose prompt is being read. So requests join
+    and leave at token boundaries. `generate` is both in a loop, for one request.
+
+    The model's MoE layers must call `experts`.
     """
 
     def __init__(
@@ -54,11 +52,13 @@ class Engine:
         self._prompts = PromptEncoder(parts.tokenizer)
         self.context_tokens = min(parts.context_tokens, parts.plan.kv_tokens)
         self._conversations = Conversations(parts.new_cache, parts.plan.kv_tokens)
+        self._passes = Passes(parts, self.forget)
         self._chunk_tokens = prefill_chunk_tokens
         self._panel = Panel(self.gauges, publish, parts.device.now_s)
+        self._shown = Timing(parts.device.now_s(), parts.executor.counters())
         self._process = psutil.Process()
-        self._running: Conversation | None = None
-        self._interrupted: Callable[[], bool] | None = None
+        self._waiting: list[Generation] = []
+        self._running: list[Generation] = []
 
     @property
     def name(self) -> str:
@@ -73,12 +73,17 @@ class Engine:
         """How many tokens of past conversations are held for reuse."""
         return self._conversations.tokens
 
+    @property
+    def answering(self) -> int:
+        """How many requests are not over, those that wait for their place included."""
+        return len(self._running) + len(self._waiting)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that `generate` would start from."""
         return list(self._prompts.encode(messages, self.context_tokens).ids)
 
     def forget(self) -> None:
-        """Drop the keys and values of every conversation."""
+        """Drop the keys and values of every conversation that does not answer."""
         self._conversations.clear()
 
     def set_policy(self, policy: str) -> None:
@@ -86,15 +91,50 @@ class Engine:
         self.parts.executor.set_policy(policy)
         self._panel.refresh()
 
+    def set_prediction(self, on: bool) -> None:
+        """Let experts be copied ahead of their layer, or not, from the next token on."""
+        self.parts.executor.set_prediction(on)
+        self._panel.refresh()
+
+    def reset_predictor(self) -> None:
+        """Forget what the predictor of experts has learned on this machine."""
+        self.parts.executor.reset_predictor()
+        self._panel.refresh()
+
+    def idle(self, budget_s: float) -> bool:
+        """Use a pause to learn; return whether more time could be used. Seconds of this machine."""
+        began_s = time.monotonic()
+        self.parts.executor.idle(budget_s)
+        return time.monotonic() - began_s > budget_s / 2
+
     def announce(self) -> None:
         """Publish a snapshot although nothing has been generated yet."""
         self._panel.refresh()
 
+    def device_works(self) -> bool:
+        """Say whether the device still computes: a card that failed once refuses everything."""
+        return not isinstance(outcome_of(self.parts.device.wait_for_compute), Exception)
+
+    def experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Compute the experts of one layer for the forward that calls.
+
+        Args:
+            layer: index of the MoE layer.
+            hidden: (tokens, hidden).
+            index: (tokens, k), the experts of each token.
+            weights: (tokens, k).
+
+        Returns:
+            (tokens, hidden).
+        """
+        rows = self._passes.meeting.experts(layer, hidden, index, weights)
+        self.heartbeat()
+        return rows
+
     def heartbeat(self) -> None:
-        """Note that another layer is done."""
+        """Keep the telemetry flowing between two layers; a prefill may be broken off here."""
         self._panel.tick()
-        if self._interrupted is not None and self._interrupted():
-            raise _StoppedError
+        self._passes.heartbeat()
 
     def generate(
         self,
@@ -107,60 +147,76 @@ class Engine:
 
         The ids of all deltas together are the generated ids, the end-of-turn token included.
         `stop` is asked before every token and between the layers of a prefill. Closing the
-        iterator ends the generation; what was computed stays reusable either way.
+        iterator ends the generation; what was computed stays reusable either way. Others that
+        were submitted get on meanwhile.
 
         Raises:
             RequestError: before the first chunk, for messages or parameters that cannot be used.
             ModelError: the model produced invalid numbers.
         """
+        generation = self.submit(conversation_id, messages, params, stop)
+        try:
+            while not generation.over:
+                yield from generation.take()
+                self.step()
+            yield from generation.take()
+            if generation.failure is not None:
+                raise generation.failure
+        finally:
+            self._leave(generation)
+
+    def submit(
+        self,
+        conversation_id: str,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Accept a request; it is computed by `step`, beside the others.
+
+        Raises:
+            RequestError: for messages or parameters that cannot be used.
+        """
         check_params(params)
-        device = self.parts.device
-        timing = Timing(device.now_s(), self.parts.executor.counters())
+        timing = Timing(self.parts.device.now_s(), self.parts.executor.counters())
         prompt = self._prompts.encode(messages, self.context_tokens)
         timing.prompt_tokens = len(prompt.ids)
         room = min(params.max_new_tokens, self.context_tokens - timing.prompt_tokens)
-        with self.parts.executor.computing():  # cutting a cache is work on the device as well
-            conversation = self._conversations.take(conversation_id, prompt.ids)
-        self._conversations.make_room(timing.prompt_tokens + room)
-        sampler = Sampler(params, list(prompt.ids))
-        text = TextStream(self.parts.tokenizer, prompt.opens_reasoning)
-        self._running = conversation
-        self._panel.begin(timing)
-        try:
-            yield Accepted(timing.prompt_tokens, len(conversation.ids))
-            reason: FinishReason = "cancelled"
-            pending: list[int] = []
-            logits = self._prefill(conversation, prompt.ids[len(conversation.ids) :], stop)
-            while logits is not None:
-                token = sampler.next_token(logits)
-                timing.token(device.now_s())
-                if timing.new_tokens == 1:
-                    timing.decode_counters = self.parts.executor.counters()
-                pending.append(token)
-                yield from _deltas(text.push(token), pending)
-                if token in self.parts.eos_token_ids:
-                    reason = "stop"
-                    break
-                if timing.new_tokens == room:
-                    reason = "length"
-                    break
-                if stop():
-                    break
-                logits = self._forward(conversation, [token])
-            yield from _deltas(text.finish(), pending)
-            if pending:
-                yield Delta("answer", "", tuple(pending))
-            yield Finished(reason, generation_stats(timing, self.gauges(), device.now_s()))
-        finally:
-            self._running = None
-            self._conversations.keep(conversation)
-            self._panel.end()
+        generation = Generation(
+            conversation_id, prompt, params, room, stop, self.parts.tokenizer, timing
+        )
+        if not self.answering:
+            self._shown = timing
+            self._panel.begin(timing)
+        self._waiting.append(generation)
+        self._let_in()
+        conversation = generation.conversation
+        generation.accept(len(conversation.ids) if conversation is not None else 0)
+        return generation
+
+    def step(self) -> None:
+        """Compute one forward pass for everybody whose turn it is.
+
+        What fails is the end of its own request only.
+        """
+        for generation in (*self._running, *self._waiting):
+            if generation.stop():
+                self._end(generation, "cancelled")
+        self._let_in()
+        turns = self._turns()
+        if not turns:
+            return
+        outcomes = self._passes.run([step for _, step in turns])
+        for (generation, _), outcome in zip(turns, outcomes, strict=True):
+            self._advance(generation, outcome)
+        self._panel.tick()
 
     def gauges(self) -> Gauges:
         """Read everything that snapshots and statistics are made of."""
         parts, plan = self.parts, self.parts.plan
-        running = len(self._running.ids) if self._running is not None else 0
-        kv_bytes = (self.kept_tokens + running) * parts.shape.kv_bytes_per_token
+        running = [one.conversation for one in self._running if one.conversation is not None]
+        kv_tokens = self.kept_tokens + sum(len(conversation.ids) for conversation in running)
+        kv_bytes = kv_tokens * parts.shape.kv_bytes_per_token
         on_card = plan.dense_bytes + plan.workspace_bytes + plan.slots_bytes + kv_bytes
         executor, profile = parts.executor, parts.profile
         return Gauges(
@@ -182,73 +238,97 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Give the device and its memory back."""
+        """End what is under way and give the device and its memory back."""
+        for generation in (*self._running, *self._waiting):
+            self._end(generation, "cancelled")
         self.forget()
         self.parts.close()
 
-    def _prefill(
-        self, conversation: Conversation, ids: Sequence[int], stop: Callable[[], bool]
-    ) -> torch.Tensor | None:
-        """Compute the prompt's new tokens; None if stopped before the last of them."""
-        logits = None
-        size = self._chunk_tokens if conversation.cache.continues else len(ids)
-        self._interrupted = stop
-        try:
-            for begin in range(0, len(ids), size):
-                if stop():
-                    return None
-                logits = self._forward(conversation, ids[begin : begin + size])
-        except _StoppedError:
-            with self.parts.executor.computing():
-                conversation.rewind()
-            return None
-        finally:
-            self._interrupted = None
-        return logits
+    def _let_in(self) -> None:
+        """Give those that wait their places, in order."""
+        while self._waiting and len(self._running) < MAX_TOGETHER:
+            generation = self._waiting.pop(0)
+            with self.parts.executor.computing():  # cutting a cache is work on the device as well
+                generation.conversation = self._conversations.take(
+                    generation.conversation_id, generation.prompt_ids, generation.most_tokens
+                )
+            self._running.append(generation)
 
-    def _forward(self, conversation: Conversation, ids: Sequence[int]) -> torch.Tensor:
-        """Run the model over `ids`; if memory runs out, once more without the other chats."""
-        try:
-            return self._pass(conversation, ids)
-        except torch.OutOfMemoryError as failure:
-            # Only the words are kept: the error itself holds on to the tensors of the pass.
-            reason = str(failure)
-        self.forget()
-        with self.parts.executor.computing():
-            conversation.rewind()
-        if conversation.intact:
-            try:
-                return self._pass(conversation, ids)
-            except torch.OutOfMemoryError as failure:
-                reason = str(failure)
-        raise MemoryPlanError(
-            f"The card's memory ran out at {len(conversation.ids):,} tokens: {reason[:200]}",
-            "Start a new chat, or load the model with a smaller cache.",
-        )
+    def _turns(self) -> list[tuple[Generation, Step]]:
+        """Decide what the next pass computes.
 
-    def _pass(self, conversation: Conversation, ids: Sequence[int]) -> torch.Tensor:
-        """Run the model over `ids` once and return the logits of the last one."""
-        parts = self.parts
-        conversation.intact = False
-        parts.executor.begin_pass(len(ids))
-        with torch.inference_mode(), parts.executor.computing():
-            output = parts.model(
-                input_ids=torch.tensor([ids], device=parts.device.torch_device),
-                past_key_values=conversation.cache.past,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits: torch.Tensor = output.logits[0, -1]
-            conversation.cache.past = output.past_key_values
-        parts.device.wait_for_compute()
-        conversation.ids.extend(ids)
-        conversation.intact = True
-        self._panel.tick()
-        return logits
+        Everybody who answers gets a token. Prompts get as many tokens together as one chunk has,
+        in turn, so that a long one delays nobody by more than that. Who finds no room for keys and
+        values sits this pass out; the first to come always finds it.
+        """
+        turns: list[tuple[Generation, Step]] = []
+        left = self._chunk_tokens
+        for generation in sorted(self._running, key=lambda one: (one.prefilling, one.passes)):
+            conversation = generation.conversation
+            assert conversation is not None
+            ids = generation.next_ids(self._chunk_tokens)
+            if generation.prefilling and len(ids) > left < self._chunk_tokens:
+                continue
+            if self._conversations.grow(conversation, len(ids)):
+                stop = None
+                if generation.prefilling:
+                    left -= len(ids)
+                    stop = generation.stop
+                turns.append((generation, Step(conversation, ids, stop)))
+        return turns
 
+    def _advance(self, generation: Generation, outcome: Outcome) -> None:
+        """Let a request have what its pass came to; whatever fails in it is its own end."""
+        if isinstance(outcome, StoppedError):
+            self._end(generation, "cancelled")
+        elif isinstance(outcome, Exception):
+            self._fail(generation, outcome)
+        elif generation.note_pass():
+            logits = outcome
+            done = outcome_of(lambda: self._next_token(generation, logits))
+            if isinstance(done, Exception):
+                self._fail(generation, done)
 
-def _deltas(pieces: list[Piece], pending: list[int]) -> Iterator[Delta]:
-    """Turn pieces of text into deltas; the first one carries the ids that waited for it."""
-    for kind, text in pieces:
-        yield Delta(kind, text, tuple(pending))
-        pending.clear()
+    def _next_token(self, generation: Generation, logits: Tensor) -> None:
+        now_s = self.parts.device.now_s()
+        reason = generation.advance(logits, self.parts.eos_token_ids, now_s)
+        timing = generation.timing
+        if timing.new_tokens == 1:
+            timing.decode_counters = self.parts.executor.counters()
+        if self._shown is not timing:
+            if timing.new_tokens == 1:
+                self._show_together(timing.ttft_s)
+            else:
+                self._shown.token(now_s)
+        if reason is not None:
+            self._end(generation, reason)
+
+    def _end(self, generation: Generation, reason: FinishReason) -> None:
+        now_s = self.parts.device.now_s()
+        generation.finish(reason, generation_stats(generation.timing, self.gauges(), now_s))
+        self._leave(generation)
+
+    def _fail(self, generation: Generation, failure: Exception) -> None:
+        generation.fail(failure)
+        self._leave(generation)
+
+    def _leave(self, generation: Generation) -> None:
+        """Take a request out, if it is not out yet; what was computed stays reusable."""
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        elif generation in self._running:
+            self._running.remove(generation)
+            assert generation.conversation is not None
+            self._conversations.keep(generation.conversation)
+        else:
+            return
+        if not self.answering:
+            self._panel.end()
+        elif self._running:
+            self._show_together(self._shown.ttft_s)
+
+    def _show_together(self, ttft_s: float) -> None:
+        """Let the panel follow all requests together from now on: somebody joined or left."""
+        now_s = self.parts.device.now_s()
+        self._shown = Timing.from_here(now_s, self.parts.executor.counters(), ttft_s)
+        self._panel.follow(self._shown)

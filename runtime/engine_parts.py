@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape
+from runtime.executor import RoutedTokens
 from runtime.prompts import Tokenizer
 from runtime.sequences import Cache
 from runtime.telemetry import Counters
@@ -29,7 +31,15 @@ class Executor(Protocol):
 
     def set_policy(self, policy: str) -> None: ...
 
-    def begin_pass(self, tokens: int) -> None: ...
+    def set_prediction(self, on: bool) -> None: ...
+
+    def reset_predictor(self) -> None: ...
+
+    def idle(self, budget_s: float) -> None: ...
+
+    def begin_pass(self, tokens: int, token_ids: Sequence[int] = (), span: int = 1) -> None: ...
+
+    def run_together(self, layer: int, parts: Sequence[RoutedTokens]) -> list[Tensor]: ...
 
     def computing(self) -> AbstractContextManager[object]: ...
 

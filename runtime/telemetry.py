@@ -125,6 +125,14 @@ class Timing:
     last_token_s: float = 0.0
     new_tokens: int = 0
 
+    @classmethod
+    def from_here(cls, now_s: float, counters: Counters, ttft_s: float) -> Timing:
+        """Return the timing of several generations together, from now on.
+
+        Its tokens are everybody's; `ttft_s` is what it shows as time to the first one.
+        """
+        return cls(now_s - ttft_s, counters, 0, counters, now_s, now_s, 1)
+
     def token(self, now_s: float) -> None:
         """Note a new token."""
         self.new_tokens += 1
@@ -148,7 +156,12 @@ class Timing:
 
 
 def generation_stats(timing: Timing, gauges: Gauges, now_s: float) -> GenerationStats:
-    """Describe a generation that ended at `now_s` by what the counters gained since it began."""
+    """Describe a generation that ended at `now_s` by what the counters gained since it began.
+
+    Expert uses, bytes and stalls are the engine's: generations that ran at the same time share
+    their experts' transfers, so each shows all of them. Tokens, `ttft_s` and
+    `decode_tokens_per_s` are its own.
+    """
     gained = gauges.counters.since(timing.counters)
     elapsed_s = now_s - timing.started_s
     return GenerationStats(
@@ -209,6 +222,10 @@ class Panel:
         self._window.clear()
         self._window.append((timing.started_s, timing.counters))
         self._emit()
+
+    def follow(self, timing: Timing) -> None:
+        """Take the speeds from another timing: who generates has changed."""
+        self._timing = timing
 
     def tick(self) -> None:
         """Publish a snapshot if one is due."""

@@ -20,6 +20,7 @@ from runtime.adapter_cache import KvCache
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Reading, TelemetrySnapshot
 from runtime.engine import Engine
 from runtime.engine_parts import EngineParts
+from runtime.executor import RoutedTokens
 from runtime.telemetry import Counters
 
 CHATML = (
@@ -99,17 +100,33 @@ class StandInExecutor:
         self.policy = "on-demand"
         self.slots = self.slots_used = LAYERS * EXPERTS
         self.passes: list[int] = []
+        self.prediction = True
+        self.resets = 0
+        self.idle_s = 0.0
         self.closed = False
         self._counters = Counters()
 
     def set_policy(self, policy: str) -> None:
         self.policy = policy
 
-    def begin_pass(self, tokens: int) -> None:
+    def set_prediction(self, on: bool) -> None:
+        self.prediction = on
+
+    def reset_predictor(self) -> None:
+        self.resets += 1
+
+    def idle(self, budget_s: float) -> None:
+        self.idle_s += budget_s
+
+    def begin_pass(self, tokens: int, token_ids: Sequence[int] = (), span: int = 1) -> None:
+        assert len(token_ids) == tokens >= span
         self.passes.append(tokens)
         self._counters.forward_passes += 1
         self._counters.routed += LAYERS * TOP_K
         self._counters.served_resident += LAYERS * TOP_K
+
+    def run_together(self, layer: int, parts: Sequence[RoutedTokens]) -> list[torch.Tensor]:
+        raise AssertionError("this model's experts are transformers' own")
 
     def computing(self) -> AbstractContextManager[object]:
         return nullcontext()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -293,8 +294,13 @@ TURNS = st.lists(
 )
 
 
+def compute(conversation: Conversation, prompt: list[int]) -> None:
+    conversation.cache.past += prompt[len(conversation.ids) :]
+    conversation.ids += prompt[len(conversation.ids) :]
+
+
 @settings(max_examples=200, deadline=None)
-@given(TURNS, st.integers(1, 20), st.booleans(), st.booleans(), st.data())
+@given(TURNS, st.integers(8, 20), st.booleans(), st.booleans(), st.data())
 def test_whatever_was_asked_before_the_cache_holds_the_ids_it_claims(
     turns: list[tuple[str, list[int]]],
     budget: int,
@@ -304,37 +310,134 @@ def test_whatever_was_asked_before_the_cache_holds_the_ids_it_claims(
 ) -> None:
     store = Conversations(lambda: ListCache(croppable, continues), budget)
     for name, prompt in turns:
-        conversation = store.take(name, prompt)
+        conversation = store.take(name, prompt, len(prompt))
         assert conversation.cache.past == conversation.ids
         assert conversation.ids == prompt[: len(conversation.ids)]
         assert len(conversation.ids) < len(prompt)
         assert continues or len(conversation.ids) in (0, len(prompt) - 1)
-        store.make_room(len(prompt))
-        assert store.tokens + len(prompt) <= max(budget, len(prompt))
-        conversation.cache.past += prompt[len(conversation.ids) :]
-        conversation.ids += prompt[len(conversation.ids) :]
+        assert store.grow(conversation, len(prompt) - len(conversation.ids))
+        assert store.tokens + len(prompt) <= budget
+        compute(conversation, prompt)
         conversation.intact = data.draw(st.booleans())
         store.keep(conversation)
         assert store.tokens <= budget
 
 
+def kept(store: Conversations, name: str, ids: list[int]) -> None:
+    conversation = store.take(name, [*ids, 9], 9)
+    assert store.grow(conversation, len(ids) - len(conversation.ids))
+    compute(conversation, ids)
+    store.keep(conversation)
+
+
 def test_what_is_shared_is_reused_and_the_oldest_goes_first() -> None:
     store = Conversations(ListCache, 10)
     for name in "ab":
-        store.keep(Conversation(name, ListCache(), [1, 2, 3, 4]))
-    assert store.take("a", [1, 2, 9]).ids == [1, 2]
-    store.keep(Conversation("a", ListCache(), [1, 2, 3, 4]))
-    store.make_room(4)
-    assert store.take("b", [1, 2, 3, 4, 5]).ids == []
-    assert store.take("a", [1, 2, 3, 4, 5]).ids == [1, 2, 3, 4]
+        kept(store, name, [1, 2, 3, 4])
+    first = store.take("a", [1, 2, 9], 3)
+    assert first.ids == [1, 2]
+    assert store.grow(first, 1)
+    store.keep(first)
+    other = store.take("c", [5], 5)
+    assert store.grow(other, 5)
+    assert store.take("b", [1, 2, 3, 4, 5], 5).ids == []
+    assert store.take("a", [1, 2, 3, 4, 5], 5).ids == [1, 2]
+
+
+# Sharing the budget
+
+
+class Sharing(RuleBasedStateMachine):
+    """Conversations that come, grow and go in any order, beside a plain account of the tokens."""
+
+    budget = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Conversations(ListCache, self.budget)
+        self.out: list[Conversation] = []
+
+    @rule(name=st.sampled_from("abcd"), tokens=st.integers(1, 6), answer=st.integers(0, 8))
+    def come(self, name: str, tokens: int, answer: int) -> None:
+        if len(self.out) < 6:
+            most = min(self.budget, tokens + answer)
+            self.out.append(self.store.take(name, [0] * tokens, most))
+
+    @rule(who=st.integers(0, 5), tokens=st.integers(1, 6))
+    def grow(self, who: int, tokens: int) -> None:
+        if who < len(self.out):
+            one = self.out[who]
+            wanted = min(tokens, one.most_tokens - len(one.ids))
+            if self.store.grow(one, wanted):
+                compute(one, [*one.ids, *[0] * wanted])
+            else:
+                assert who > 0, "the first to come never waits"
+
+    @rule(who=st.integers(0, 5), intact=st.booleans())
+    def go(self, who: int, intact: bool) -> None:
+        if who < len(self.out):
+            one = self.out.pop(who)
+            one.intact = intact
+            self.store.keep(one)
+
+    @rule()
+    def come_to_their_ends(self) -> None:
+        """Whatever happened, everybody can finish, whoever came first before the others."""
+        for one in self.out:
+            left = one.most_tokens - len(one.ids)
+            assert left == 0 or self.store.grow(one, left)
+            compute(one, [*one.ids, *[0] * left])
+            self.store.keep(one)
+        self.out.clear()
+
+    @invariant()
+    def the_budget_is_kept(self) -> None:
+        assert self.store.tokens + self.store.taken_tokens <= self.budget
+        held = sum(len(one.ids) for one in self.out)
+        assert held <= self.store.taken_tokens
+        caches = [id(one.cache) for one in self.out]
+        assert len(set(caches)) == len(caches)
+        assert all(one.cache.past == one.ids for one in self.out)
+
+
+TestSharing = Sharing.TestCase
+TestSharing.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_newcomer_waits_only_for_what_those_before_it_may_still_need() -> None:
+    store = Conversations(ListCache, 10)
+    first = store.take("a", [1, 2], 6)
+    second = store.take("b", [1, 2], 6)
+    third = store.take("c", [1, 2], 6)
+    assert store.grow(second, 4)
+    compute(second, [1, 2, 3, 4])
+    assert not store.grow(second, 1)
+    assert not store.grow(third, 1)
+    assert store.grow(first, 6)
+    store.keep(first)
+    assert store.grow(second, 2)
+    assert store.grow(third, 4)
+
+
+def test_a_second_turn_of_one_conversation_gets_a_cache_of_its_own() -> None:
+    store = Conversations(ListCache, 20)
+    kept(store, "a", [1, 2, 3])
+    first, second = store.take("a", [1, 2, 3, 4], 5), store.take("a", [1, 2, 3, 4], 5)
+    assert (first.ids, second.ids) == ([1, 2, 3], [])
+    assert first.cache is not second.cache
+    for one in (first, second):
+        assert store.grow(one, 4 - len(one.ids))
+        compute(one, [1, 2, 3, 4])
+        store.keep(one)
+    assert store.tokens == 4
 
 
 def test_a_cache_that_cannot_be_cut_is_kept_only_as_an_exact_prefix() -> None:
-    store = Conversations(lambda: ListCache(False), 10)
-    store.keep(Conversation("a", ListCache(False), [1, 2]))
-    assert store.take("a", [1, 2, 3]).ids == [1, 2]
-    store.keep(Conversation("a", ListCache(False), [1, 2]))
-    assert store.take("a", [1, 9, 3]).ids == []
+    store = Conversations(lambda: ListCache(False), 20)
+    kept(store, "a", [1, 2])
+    assert store.take("a", [1, 2, 3], 3).ids == [1, 2]
+    kept(store, "b", [1, 2])
+    assert store.take("b", [1, 9, 3], 3).ids == []
 
 
 @settings(deadline=None)

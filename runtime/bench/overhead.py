@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from runtime.assembly import assemble, dtype_for
 from runtime.config import model_folder
 from runtime.core import Delta, LoadRequest, Message, SamplingParams
 from runtime.engine import Engine
+from runtime.executor import RoutedTokens
 from runtime.telemetry import Counters
 
 ROUNDS = 9
@@ -40,8 +41,20 @@ class _NoExecutor:
     def set_policy(self, policy: str) -> None:
         """There is nothing to place."""
 
-    def begin_pass(self, tokens: int) -> None:
+    def set_prediction(self, on: bool) -> None:
+        """There is nothing to predict."""
+
+    def reset_predictor(self) -> None:
+        """There is nothing to forget."""
+
+    def idle(self, budget_s: float) -> None:
+        """There is nothing to learn."""
+
+    def begin_pass(self, tokens: int, token_ids: Sequence[int] = (), span: int = 1) -> None:
         """Nothing is counted."""
+
+    def run_together(self, layer: int, parts: Sequence[RoutedTokens]) -> list[torch.Tensor]:
+        raise AssertionError("the stock model computes its own experts")
 
     def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
