@@ -425,7 +425,9 @@ def test_an_unused_prefetch_goes_first_once_it_may_and_a_used_one_does_not(rule:
 
 @settings(max_examples=30)
 @given(st.sampled_from(sorted(EVICTIONS)), steps)
-def test_every_rule_names_a_victim_exactly_when_someone_may_go(name: str, script: list[Step]) -> None:
+def test_every_rule_names_a_victim_exactly_when_someone_may_go(
+    name: str, script: list[Step]
+) -> None:
     rule = make_eviction(name, LAYERS)
     replay(rule, script, lambda *_: None)
 
