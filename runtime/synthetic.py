@@ -7,6 +7,7 @@ Hit rates of per-layer caches and recall of router lookahead are those of publis
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,14 +124,16 @@ class _Chats:
         listed = min(listed, experts)
         best = np.argsort(-needed, axis=-1, kind="stable")[..., :listed]
         scores = np.take_along_axis(needed, best, axis=-1)
+        counts = (scores > 0.0).sum(axis=-1).tolist()
         found: list[_Guesses] = [{} for _ in range(needed.shape[1])]
         for index, distance in enumerate(DISTANCES):
-            rows = zip(found, best[index].tolist(), scores[index].tolist(), strict=True)
-            for guessed, experts_of, scores_of in rows:
-                for layer in range(distance - 1, self._layers):
-                    ranked = zip(experts_of[layer], scores_of[layer], strict=True)
-                    guesses = tuple(Guess(e, p) for e, p in ranked if p > 0.0)
-                    prediction = Prediction(layer, distance, guesses)
+            ranked = (best[index].tolist(), scores[index].tolist(), counts[index])
+            for guessed, *row in zip(found, *ranked, strict=True):
+                for layer, (ids, ps, count) in enumerate(zip(*row, strict=True)):
+                    if layer < distance - 1:
+                        continue
+                    pairs = zip(ids[:count], ps, strict=False)
+                    prediction = Prediction(layer, distance, tuple(starmap(Guess, pairs)))
                     guessed.setdefault(layer - distance, []).append(prediction)
         return found
 

@@ -32,19 +32,16 @@ class RouterLookahead:
         self._statistics = statistics
         self._layers = [np.random.default_rng([seed, 2, layer]) for layer in range(layers)]
         self._used = np.full((sequences, layers, statistics.experts), _NEVER, np.int32)
-        self._now = 0
+        self._now = np.int32(0)
 
     def note(self, routed: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Take in (tokens, sequences, layers, experts) choices; return tokens since last use."""
-        tokens = len(routed)
-        now = np.arange(self._now, self._now + tokens, dtype=np.int32)[:, None, None, None]
-        used = np.empty((tokens + 1, *self._used.shape), np.int32)
-        used[0] = self._used
-        used[1:] = np.where(routed, now, _NEVER)
-        np.maximum.accumulate(used, axis=0, out=used)
-        self._used = used[-1].copy()
-        self._now += tokens
-        return np.asarray(now - used[:-1])
+        age = np.empty(routed.shape, np.int32)
+        for since, row in zip(age, routed, strict=True):
+            np.subtract(self._now, self._used, out=since)
+            np.copyto(self._used, self._now, where=row)
+            self._now += np.int32(1)
+        return age
 
     def guess(self, logits: Floats, age: NDArray[np.int32]) -> Floats:
         """Return the probability that each expert is routed, 0 where it is not among the guesses.

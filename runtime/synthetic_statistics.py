@@ -31,8 +31,9 @@ class RoutingStatistics:
     A logit is a sum of independent parts of unit variance in all: what the model always likes
     (`popularity`), the topic, the passage, the words around, and the token itself. `*_share` are
     variances, which add up to 1 with the token's; `*_tokens` are the time constants of the three
-    that drift. `ahead` is the lookahead per distance, 1 first; `from_tokens` is for guesses that
-    see no layer yet.
+    that drift. Layers differ by up to `layer_spread` in how much lasts (`synthetic_routing`).
+    `ahead` is the lookahead per distance, 1 first; `from_tokens` is for guesses that see no layer
+    yet.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RoutingStatistics:
     passage_tokens: float
     phrase_share: float
     phrase_tokens: float
+    layer_spread: float
     ahead: tuple[Lookahead, Lookahead]
     from_tokens: Lookahead
 
@@ -60,39 +62,39 @@ STATISTICS: dict[str, RoutingStatistics] = {
     for statistics in (
         RoutingStatistics(
             "OLMoE", 16, 64, 8,
-            0.0724, 0.2055, 3153.99, 0.0474, 87.72, 0.5605, 2.23,
-            (Lookahead(0.228, 0.569, 6.05, -0.31), Lookahead(0.276, 0.59, 5.34, -0.34)),
-            Lookahead(1.181, 1.181, 2.05, -0.83),
+            0.128, 0.239, 3530.31, 0.016, 115.11, 0.444, 1.27, 2.28,
+            (Lookahead(0.256, 0.495, 6.0, -0.29), Lookahead(0.295, 0.496, 5.43, -0.31)),
+            Lookahead(1.205, 1.205, 2.16, -0.87),
         ),
         RoutingStatistics(
             "gpt-oss-20b", 24, 32, 4,
-            0.1102, 0.098, 1507.09, 0.2841, 62.19, 0.2337, 2.47,
-            (Lookahead(0.124, 0.31, 11.84, -0.17), Lookahead(0.224, 0.477, 6.91, -0.27)),
-            Lookahead(1.216, 1.216, 2.17, -0.84),
+            0.135, 0.147, 2452.53, 0.197, 140.01, 0.228, 2.57, 1.0,
+            (Lookahead(0.139, 0.268, 11.76, -0.16), Lookahead(0.236, 0.398, 6.9, -0.26)),
+            Lookahead(1.092, 1.092, 2.03, -0.81),
         ),
         RoutingStatistics(
             "gpt-oss-120b", 36, 128, 4,
-            0.1476, 0.192, 1291.48, 0.1922, 58.65, 0.1805, 2.25,
-            (Lookahead(0.095, 0.237, 12.69, -0.26), Lookahead(0.163, 0.348, 8.0, -0.38)),
-            Lookahead(0.722, 0.722, 2.68, -0.95),
+            0.098, 0.25, 2170.93, 0.129, 139.65, 0.141, 4.15, 0.48,
+            (Lookahead(0.115, 0.223, 12.27, -0.26), Lookahead(0.189, 0.319, 7.79, -0.37)),
+            Lookahead(0.693, 0.693, 2.75, -0.96),
         ),
         RoutingStatistics(
             "Qwen3-30B-A3B", 48, 128, 8,
-            0.0764, 0.1988, 637.85, 0.3264, 93.79, 0.1315, 1.98,
-            (Lookahead(0.075, 0.188, 16.7, -0.15), Lookahead(0.122, 0.26, 11.08, -0.22)),
-            Lookahead(0.901, 0.901, 2.38, -0.94),
+            0.0764, 0.1988, 637.85, 0.3264, 93.79, 0.1315, 1.98, 1.0,
+            (Lookahead(0.084, 0.182, 16.55, -0.17), Lookahead(0.123, 0.256, 11.34, -0.23)),
+            Lookahead(0.912, 0.912, 2.42, -0.96),
         ),
         RoutingStatistics(
             "Mixtral-8x7B", 32, 8, 2,
-            0.0259, 0.01, 4028.51, 0.0506, 82.38, 0.7424, 0.83,
-            (Lookahead(0.206, 0.515, 8.99, -0.14), Lookahead(0.306, 0.652, 6.15, -0.18)),
-            Lookahead(1.927, 1.927, 1.82, -0.65),
+            0.021, 0.008, 3877.6, 0.044, 84.76, 0.787, 0.81, 1.0,
+            (Lookahead(0.225, 0.435, 8.76, -0.13), Lookahead(0.33, 0.555, 5.93, -0.18)),
+            Lookahead(1.842, 1.842, 1.94, -0.65),
         ),
         RoutingStatistics(
             "DeepSeek-V2-Lite", 26, 64, 6,
-            0.0085, 0.0422, 1537.63, 0.0822, 145.27, 0.5432, 1.41,
-            (Lookahead(0.192, 0.481, 6.61, -0.35), Lookahead(0.271, 0.577, 5.13, -0.41)),
-            Lookahead(1.007, 1.007, 2.23, -0.9),
+            0.0085, 0.0422, 1537.63, 0.0822, 145.27, 0.5432, 1.41, 1.0,
+            (Lookahead(0.217, 0.42, 6.67, -0.32), Lookahead(0.295, 0.496, 5.2, -0.38)),
+            Lookahead(1.006, 1.006, 2.24, -0.9),
         ),
     )
 }  # fmt: skip
