@@ -134,6 +134,11 @@ class LocalEngine:
         if process is not None:
             process.send({"op": "prediction", "on": on})
 
+    def reset_predictor(self) -> None:
+        process = self._process
+        if process is not None:
+            process.send({"op": "reset_predictor"})
+
     def generate(
         self,
         conversation_id: str,

@@ -2,8 +2,9 @@
 
 Frames come in on what was standard input and leave on what was standard output; both are moved to
 private descriptors first, so that a stray print of any library goes to the log instead. The main
-thread loads models and generates; a reader thread takes frames and ends the process at once when
-the app is gone. torch is imported with the first model, long after the app has been greeted.
+thread loads models and generates for all requests together, taking new ones between two tokens; a
+reader thread takes frames and ends the process at once when the app is gone. torch is imported
+with the first model, long after the app has been greeted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NoReturn, Protocol
 
@@ -36,7 +37,7 @@ from runtime.errors import (
     ProtocolError,
     RequestError,
 )
-from runtime.inbox import Inbox, Job, take_frame
+from runtime.inbox import Change, Inbox, Job, Load, take_frame
 from runtime.private_streams import (
     EXIT_APP_GONE,
     EXIT_DEVICE_LOST,
@@ -49,8 +50,21 @@ from runtime.private_streams import (
 from runtime.wire import PROTOCOL_VERSION, chunk_to_json, read_frames
 
 PROGRESS_EVERY_S = 0.2
+IDLE_SLICE_S = 0.05
 
 log = logging.getLogger("prescope.host")
+
+
+class HostedGeneration(Protocol):
+    """What the host asks of a request under way; `runtime.engine_generation.Generation` is one."""
+
+    @property
+    def over(self) -> bool: ...
+
+    @property
+    def failure(self) -> Exception | None: ...
+
+    def take(self) -> Sequence[GenerationChunk]: ...
 
 
 class HostedEngine(Protocol):
@@ -62,15 +76,25 @@ class HostedEngine(Protocol):
     @property
     def profile(self) -> HardwareProfile: ...
 
-    def generate(
+    def submit(
         self,
         conversation_id: str,
         messages: Sequence[Message],
         params: SamplingParams,
         stop: Callable[[], bool],
-    ) -> Iterator[GenerationChunk]: ...
+    ) -> HostedGeneration: ...
+
+    def step(self) -> None: ...
+
+    def idle(self, budget_s: float) -> bool: ...
 
     def set_policy(self, policy: str) -> None: ...
+
+    def set_prediction(self, on: bool) -> None: ...
+
+    def reset_predictor(self) -> None: ...
+
+    def device_works(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -89,7 +113,7 @@ class Assemble(Protocol):
 
 
 class Host:
-    """The main thread's work: one engine, its loads and its generations."""
+    """The main thread's work: one engine, its loads, and its generations token by token."""
 
     def __init__(self, pipe: Pipe, inbox: Inbox, assemble: Callable[[], Assemble]) -> None:
         self._pipe = pipe
@@ -100,21 +124,27 @@ class Host:
         self._status = EngineStatus("empty")
         self._load_number = 0
         self._progress_due_s = 0.0
+        self._answers: list[tuple[Job, HostedGeneration]] = []
+        self._may_learn = False
 
     def run(self) -> NoReturn:
         """Serve until the process ends."""
         while True:
-            work = self._inbox.take()
+            work = self._inbox.take(wait=not self._answers and not self._may_learn)
             if isinstance(work, Job):
-                self._answer(work)
-            elif isinstance(work, str):
-                self._set_policy(work)
-            else:
-                self._load_number, request = work
-                if request is None:
+                self._begin(work)
+            elif isinstance(work, Change):
+                self._change(work)
+            elif isinstance(work, Load):
+                self._load_number = work.number
+                if work.request is None:
                     self._show()
                 else:
-                    self._load(request)
+                    self._load(work.request)
+            elif self._answers:
+                self._advance()
+            else:
+                self._may_learn = self._engine is not None and self._engine.idle(IDLE_SLICE_S)
 
     def _load(self, request: LoadRequest) -> None:
         cancelled = self._inbox.watch_loads()
@@ -180,49 +210,67 @@ class Host:
             self._engine.close()
             self._engine = self._loaded = None
 
-    def _set_policy(self, policy: str) -> None:
+    def _change(self, change: Change) -> None:
         if self._engine is None:
             return
         try:
-            self._engine.set_policy(policy)
+            if change.what == "policy":
+                self._engine.set_policy(str(change.value))
+            elif change.what == "prediction":
+                self._engine.set_prediction(bool(change.value))
+            else:
+                self._engine.reset_predictor()
         except PreScopeError as failure:
             self._show(notice=failure.message, next_step=failure.next_step)
 
-    def _answer(self, job: Job) -> None:
+    def _begin(self, job: Job) -> None:
+        """Hand a generation to the engine, beside those under way."""
         self._pipe.send({"op": "front", "id": job.request_id})
-        if self._engine is None:
-            nothing = RequestError("No model is loaded.", "Choose a model first.")
-            self._fail(job, nothing)
-            return
-        chunks = self._engine.generate(
-            job.conversation_id, job.messages, job.params, lambda: self._asked_to_stop(job)
-        )
         try:
-            for chunk in chunks:
-                self._pipe.send(
-                    {"op": "chunk", "id": job.request_id, "chunk": chunk_to_json(chunk)}
-                )
-                self._apply_policy()
-        except PreScopeError as failure:
+            if self._engine is None:
+                raise RequestError("No model is loaded.", "Choose a model first.")
+            generation = self._engine.submit(
+                job.conversation_id,
+                job.messages,
+                job.params,
+                lambda: self._inbox.is_stopped(job.request_id),
+            )
+        except Exception as failure:  # noqa: BLE001  the edge of the process: the app must hear of it
             self._fail(job, failure)
-        except Exception as failure:
-            # The edge of the process again: the app must hear of it within a second.
-            log.exception("generation failed")
+        else:
+            self._answers.append((job, generation))
+            self._tell(job, generation)
+
+    def _advance(self) -> None:
+        """Compute one pass for every generation and send what came of it."""
+        assert self._engine is not None
+        self._engine.step()
+        for job, generation in list(self._answers):
+            self._tell(job, generation)
+
+    def _tell(self, job: Job, generation: HostedGeneration) -> None:
+        for chunk in generation.take():
+            self._pipe.send({"op": "chunk", "id": job.request_id, "chunk": chunk_to_json(chunk)})
+        if generation.over:
+            self._answers.remove((job, generation))
+            self._may_learn = True
+            if generation.failure is not None:
+                self._fail(job, generation.failure)
+            else:
+                self._inbox.ended(job.request_id)
+
+    def _fail(self, job: Job, failure: Exception) -> None:
+        """End one generation with words; the others go on unless the device is lost."""
+        error = failure
+        if not isinstance(error, PreScopeError):
+            log.error("generation failed", exc_info=failure)
             reason = f"The model failed: {type(failure).__name__}: {failure}"
-            self._fail(job, PreScopeError(reason[:500], "Send the message again."))
-            if self._engine.profile.device_kind == "cuda" and not isinstance(failure, MemoryError):
-                leave(EXIT_DEVICE_LOST)  # a broken CUDA context cannot be repaired in place
-
-    def _asked_to_stop(self, job: Job) -> bool:
-        return self._inbox.is_stopped(job.request_id)
-
-    def _apply_policy(self) -> None:
-        policy = self._inbox.take_policy()
-        if policy is not None:
-            self._set_policy(policy)
-
-    def _fail(self, job: Job, failure: PreScopeError) -> None:
-        self._pipe.send({"op": "failed", "id": job.request_id, "error": failure.to_json()})
+            error = PreScopeError(reason[:500], "Send the message again.")
+        self._pipe.send({"op": "failed", "id": job.request_id, "error": error.to_json()})
+        self._inbox.ended(job.request_id)
+        broken = error is not failure and not isinstance(failure, MemoryError)
+        if broken and self._engine is not None and not self._engine.device_works():
+            leave(EXIT_DEVICE_LOST)  # a broken CUDA context cannot be repaired in place
 
     def _show(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)

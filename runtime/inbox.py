@@ -6,9 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.core import LoadRequest, Message, SamplingParams
 from runtime.errors import BusyError, ProtocolError
+from runtime.sequences import MAX_TOGETHER
 from runtime.wire import Frame, record_from_json
 
 MAX_WAITING = 8
@@ -24,17 +26,36 @@ class Job:
     params: SamplingParams
 
 
+@dataclass(frozen=True)
+class Load:
+    """Another model is wanted in place of the one being loaded; None only cancels."""
+
+    number: int
+    request: LoadRequest | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something about the loaded engine is to be changed."""
+
+    what: Literal["policy", "prediction", "reset_predictor"]
+    value: str | bool = ""
+
+
+Work = Job | Load | Change
+
+
 class Inbox:
     """What the reader thread leaves for the main thread. Everything is under one condition."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
-        self._load: tuple[int, LoadRequest | None] | None = None
+        self._load: Load | None = None
         self._newest_load = 0
-        self._policy: str | None = None
+        self._changes: deque[Change] = deque()
         self._stopped: set[int] = set()
-        self._running: int | None = None
+        self._running: set[int] = set()
 
     def add(self, job: Job) -> None:
         """Queue a generation.
@@ -43,7 +64,7 @@ class Inbox:
             BusyError: too many wait already.
         """
         with self._changed:
-            if len(self._jobs) >= MAX_WAITING:
+            if len(self._jobs) + len(self._running) >= MAX_TOGETHER + MAX_WAITING:
                 raise BusyError(
                     f"{MAX_WAITING} requests are waiting already.", "Try again in a moment."
                 )
@@ -53,9 +74,14 @@ class Inbox:
     def stop(self, request_id: int) -> None:
         """End a generation, whether it runs or waits."""
         with self._changed:
-            known = [job.request_id for job in self._jobs]
-            if request_id == self._running or request_id in known:
+            if request_id in self._running or any(j.request_id == request_id for j in self._jobs):
                 self._stopped.add(request_id)
+
+    def ended(self, request_id: int) -> None:
+        """Note that a generation is over."""
+        with self._changed:
+            self._running.discard(request_id)
+            self._stopped.discard(request_id)
 
     def load(self, number: int, request: LoadRequest | None) -> None:
         """Ask for another model in place of the one being loaded; None only cancels.
@@ -66,37 +92,39 @@ class Inbox:
             if number <= self._newest_load:
                 return
             self._newest_load = number
-            self._load = (number, request)
+            self._load = Load(number, request)
             self._changed.notify()
 
-    def set_policy(self, policy: str) -> None:
+    def change(self, change: Change) -> None:
+        """Ask for a change of the loaded engine."""
         with self._changed:
-            self._policy = policy
+            self._changes.append(change)
             self._changed.notify()
 
-    def take(self) -> tuple[int, LoadRequest | None] | Job | str:
-        """Wait for the next thing to do: a numbered load first, a policy, then the oldest job."""
+    def take(self, *, wait: bool) -> Work | None:
+        """Return the next thing to do: a load first, then changes, then the oldest job.
+
+        A load comes once nothing runs, and no job is begun before it. None if there is nothing
+        now; with `wait` something is waited for.
+        """
         with self._changed:
-            self._running = None
-            self._stopped &= {job.request_id for job in self._jobs}
-            self._changed.wait_for(lambda: self._load or self._policy is not None or self._jobs)
-            if self._load is not None:
-                load, self._load = self._load, None
-                return load
-            if self._policy is not None:
-                policy, self._policy = self._policy, None
-                return policy
+            work = self._next()
+            while work is None and wait:
+                self._changed.wait()
+                work = self._next()
+            return work
+
+    def _next(self) -> Work | None:
+        if self._load is not None and not self._running:
+            load, self._load = self._load, None
+            return load
+        if self._changes:
+            return self._changes.popleft()
+        if self._jobs and self._load is None:
             job = self._jobs.popleft()
-            self._running = job.request_id
+            self._running.add(job.request_id)
             return job
-
-    def take_policy(self) -> str | None:
-        """Return the policy that was asked for since the last look."""
-        if self._policy is None:  # read without the lock: this is asked at every token
-            return None
-        with self._changed:
-            policy, self._policy = self._policy, None
-            return policy
+        return None
 
     def is_stopped(self, request_id: int) -> bool:
         return request_id in self._stopped
@@ -126,7 +154,11 @@ def take_frame(frame: Frame, inbox: Inbox) -> None:
     elif op == "cancel_load":
         inbox.load(_number(frame.get("number")), None)
     elif op == "policy":
-        inbox.set_policy(str(frame.get("policy")))
+        inbox.change(Change("policy", str(frame.get("policy"))))
+    elif op == "prediction":
+        inbox.change(Change("prediction", _switch(frame.get("on"))))
+    elif op == "reset_predictor":
+        inbox.change(Change("reset_predictor"))
     else:
         raise ProtocolError(f"There is no operation {op!r}.")
 
@@ -146,4 +178,10 @@ def _job(frame: Frame) -> Job:
 def _number(value: object) -> int:
     if not isinstance(value, int):
         raise ProtocolError("A request id must be a number.")
+    return value
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ProtocolError("A switch is on or off.")
     return value

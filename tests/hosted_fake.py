@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,40 @@ from runtime.core import (
 from runtime.errors import CancelledError, MemoryPlanError, ModelFilesError, RequestError
 
 
+class FakeGeneration:
+    """Says its words one a step."""
+
+    def __init__(self, text: str, stop: Callable[[], bool]) -> None:
+        self.over = False
+        self.failure: Exception | None = None
+        self._text = text
+        self._stop = stop
+        self._words = text.split()
+        self._number = 0
+        self._chunks: list[GenerationChunk] = [Accepted(len(text))]
+
+    def take(self) -> list[GenerationChunk]:
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def step(self, policy: str) -> None:
+        number, words = self._number, self._words
+        stopped = self._stop()
+        if stopped or (self._text != "forever" and number == len(words)):
+            stats = GenerationStats(False, "fake", policy, len(self._text), number)
+            self._chunks.append(Finished("cancelled" if stopped else "stop", stats))
+            self.over = True
+            return
+        word = words[number % len(words)]
+        if word == "kill" and number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "crash":
+            self.failure, self.over = RuntimeError("boom"), True
+            return
+        self._chunks.append(Delta("answer", f"{word} ", (number,)))
+        self._number += 1
+
+
 class FakeEngine:
     alive = 0
 
@@ -39,43 +73,55 @@ class FakeEngine:
         self.name = name
         self.profile: Any = SimpleNamespace(device_kind="cuda" if "card" in name else "cpu")
         self.policy = "hybrid"
+        self.prediction = True
+        self.broken = False
+        self.idled = 0
         self._publish = publish
+        self._running: list[FakeGeneration] = []
 
-    def generate(
+    def submit(
         self,
         conversation_id: str,
         messages: Sequence[Message],
         params: SamplingParams,
         stop: Callable[[], bool],
-    ) -> Iterator[GenerationChunk]:
+    ) -> FakeGeneration:
         text = messages[-1].content
         if text == "hang":
             time.sleep(60)
         if text == "refuse":
             raise RequestError("No.", "Ask otherwise.")
-        yield Accepted(len(text))
-        self._publish(snapshot(self.name, self.policy))
-        words = text.split()
+        self._publish(snapshot(self.name, self.policy, self.prediction))
         if text == "print":
             print("stray text")
             os.write(1, b"\x00\x00\x00\x05stray")
             sys.stdout.flush()
-        number = 0
-        reason = "stop"
-        while text == "forever" or number < len(words):
-            if stop():
-                reason = "cancelled"
-                break
-            word = words[number % len(words)]
-            if word == "kill" and number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if word == "crash":
-                raise RuntimeError("boom")
-            yield Delta("answer", f"{word} ", (number,))
-            number += 1
-            time.sleep(0.005)
-        stats = GenerationStats(False, "fake", self.policy, len(text), number)
-        yield Finished(reason, stats)  # type: ignore[arg-type]
+        generation = FakeGeneration(text, stop)
+        self._running.append(generation)
+        return generation
+
+    def step(self) -> None:
+        time.sleep(0.005)
+        for generation in self._running:
+            generation.step(self.policy)
+            self.broken |= "card" in self.name and generation.failure is not None
+        self._running = [one for one in self._running if not one.over]
+
+    def idle(self, budget_s: float) -> bool:
+        self.idled += 1
+        self._publish(snapshot(f"{self.name}, rested {self.idled}", self.policy, self.prediction))
+        return self.idled < 3
+
+    def device_works(self) -> bool:
+        return not self.broken
+
+    def set_prediction(self, on: bool) -> None:
+        self.prediction = on
+        self._publish(snapshot(self.name, self.policy, self.prediction))
+
+    def reset_predictor(self) -> None:
+        self.idled = 0
+        self._publish(snapshot(f"{self.name}, reset", self.policy, self.prediction))
 
     def set_policy(self, policy: str) -> None:
         self.policy = policy
@@ -107,7 +153,7 @@ def assemble(
     return FakeEngine(request.model, publish)
 
 
-def snapshot(model: str, policy: str) -> TelemetrySnapshot:
+def snapshot(model: str, policy: str, prediction: bool) -> TelemetrySnapshot:
     return TelemetrySnapshot(
         sequence=1,
         emulated=False,
@@ -134,4 +180,5 @@ def snapshot(model: str, policy: str) -> TelemetrySnapshot:
         layers=1,
         experts=1,
         heat="AA==",
+        prediction=prediction,
     )

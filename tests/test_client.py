@@ -28,6 +28,7 @@ from runtime.core import (
 from runtime.engine_process import explain_exit
 from runtime.errors import BusyError, EngineDiedError, PreScopeError, RequestError
 from runtime.inbox import MAX_WAITING
+from runtime.sequences import MAX_TOGETHER
 
 FAKE = ("--assembly", "tests.hosted_fake")
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,26 +160,104 @@ def test_requests_beyond_the_queue_are_refused_and_the_others_answered(
     engine: LocalEngine,
 ) -> None:
     load(engine)
-    running = engine.generate("c", [Message("user", "forever")], PARAMS)
-    next(running)
-    answers: list[str] = []
-    waiting = [
-        threading.Thread(target=lambda: answers.append(say(engine, "w")))
-        for _ in range(MAX_WAITING)
-    ]
-    for thread in waiting:
-        thread.start()
-    refusals = 0
-    until(lambda: len(engine._requests) == MAX_WAITING + 1)
-    time.sleep(0.1)  # the last of them is on its way through the pipe
+    room = MAX_TOGETHER + MAX_WAITING
+    running = [engine.generate(f"c{n}", [Message("user", "forever")], PARAMS) for n in range(room)]
+    for one in running:
+        next(one)
     with pytest.raises(BusyError):
         say(engine, "too many")
-    refusals += 1
+    running[3].close()  # type: ignore[attr-defined]
+    assert isinstance(list(running[3])[-1], Finished)
+    assert say(engine, "fits now") == "fits now "
+    assert len(engine._requests) == room - 1
+
+
+def test_answers_come_side_by_side_and_stopping_one_stops_only_it(engine: LocalEngine) -> None:
+    load(engine)
+    arrived: list[tuple[str, GenerationChunk]] = []
+
+    def read(name: str, chunks: Iterator[GenerationChunk]) -> None:
+        arrived.extend((name, chunk) for chunk in chunks)
+
+    def deltas(name: str) -> int:
+        return sum(who == name and isinstance(chunk, Delta) for who, chunk in arrived)
+
+    answers = {
+        name: engine.generate(name, [Message("user", "forever")], PARAMS) for name in ("a", "b")
+    }
+    threads = [threading.Thread(target=read, args=item) for item in answers.items()]
+    for thread in threads:
+        thread.start()
+    until(lambda: deltas("a") > 20 and deltas("b") > 20)
+    names = [name for name, chunk in arrived if isinstance(chunk, Delta)]
+    turns = sum(left != right for left, right in zip(names, names[1:], strict=False))
+    assert turns > 10, "one was answered after the other"
+    answers["a"].close()  # type: ignore[attr-defined]
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+    before = deltas("b")
+    until(lambda: deltas("b") > before + 20)
+    answers["b"].close()  # type: ignore[attr-defined]
+    threads[1].join(10)
+    ends = [name for name, chunk in arrived if isinstance(chunk, Finished)]
+    assert sorted(ends) == ["a", "b"]
+
+
+def test_one_that_fails_beside_another_fails_alone(engine: LocalEngine) -> None:
+    load(engine)
+    running = engine.generate("a", [Message("user", "forever")], PARAMS)
+    next(running)
+    for text, words in (("crash", "boom"), ("refuse", "No")):
+        with pytest.raises(PreScopeError, match=words):
+            say(engine, text)
+    assert isinstance(next(running), Delta)
     running.close()  # type: ignore[attr-defined]
-    for thread in waiting:
-        thread.join(20)
-    assert answers == ["w "] * MAX_WAITING
-    assert refusals == 1
+    assert isinstance(list(running)[-1], Finished)
+
+
+def test_a_load_waits_for_the_answers_under_way_and_requests_after_it_for_the_load(
+    engine: LocalEngine,
+) -> None:
+    load(engine)
+    running = [engine.generate(f"c{n}", [Message("user", "forever")], PARAMS) for n in range(2)]
+    for one in running:
+        next(one)
+    engine.load(LoadRequest("other"))
+    late: list[str] = []
+    thread = threading.Thread(target=lambda: late.append(say(engine, "late")))
+    thread.start()
+    for one in running:
+        assert isinstance(next(one), Delta)
+        assert not late
+        one.close()  # type: ignore[attr-defined]
+        assert isinstance(list(one)[-1], Finished)
+    thread.join(20)
+    assert late == ["late "]
+    assert engine.status().model == "other"
+
+
+def test_prediction_is_switched_and_reset_while_answers_run(engine: LocalEngine) -> None:
+    load(engine)
+    running = engine.generate("a", [Message("user", "forever")], PARAMS)
+    next(running)
+    for on in (False, True, False):
+        engine.set_prediction(on)
+        until(lambda wanted=on: (s := engine.snapshot()) is not None and s.prediction == wanted)  # type: ignore[misc]
+    engine.reset_predictor()
+    until(lambda: (s := engine.snapshot()) is not None and s.model == "model, reset")
+    running.close()  # type: ignore[attr-defined]
+
+
+def test_between_answers_it_may_learn_until_there_is_nothing_more(engine: LocalEngine) -> None:
+    load(engine)
+    say(engine, "one")
+    until(lambda: (s := engine.snapshot()) is not None and s.model == "model, rested 3")
+    time.sleep(0.3)  # as long as it would take to be asked six times more
+    shot = engine.snapshot()
+    assert shot is not None
+    assert shot.model == "model, rested 3"
+    assert say(engine, "two") == "two "
+    until(lambda: (s := engine.snapshot()) is not None and s.model == "model, rested 4")
 
 
 @pytest.mark.parametrize("model", ["broken", "raising", "never fits"])

@@ -48,7 +48,7 @@ class Host:
             {
                 "op": "generate",
                 "id": request_id,
-                "conversation_id": "c",
+                "conversation_id": f"c{request_id}",
                 "messages": [asdict(Message("user", text))],
                 "params": asdict(SamplingParams()),
             }
@@ -108,6 +108,7 @@ def test_the_end_of_the_pipe_ends_it_at_once(host: Host, model: str) -> None:
         encode_frame({"op": "generate", "id": "x"}),
         encode_frame({"op": "load", "number": 1, "request": {"policy": "wish"}}),
         encode_frame({"op": "stop"}),
+        encode_frame({"op": "prediction", "on": 1}),
     ],
 )
 def test_what_it_does_not_understand_ends_it(host: Host, data: bytes) -> None:
@@ -158,6 +159,45 @@ def test_the_real_engine_answers_through_the_pipe() -> None:
         while frame["chunk"]["kind"] != "finished":
             frame = host.until("chunk")
         assert frame["chunk"]["value"]["stats"]["new_tokens"] > 0
+    finally:
+        host.process.kill()
+        host.process.wait()
+        host.stdin.close()
+        host.stdout.close()
+
+
+@pytest.mark.slow
+def test_the_real_engine_answers_two_at_once_and_each_as_if_alone() -> None:
+    host = Host("runtime.assembly")
+
+    def token_ids(wanted: int, ended: set[int]) -> dict[int, list[int]]:
+        """Read until so many requests have ended; the ids of each, in `order` as they came."""
+        ids: dict[int, list[int]] = {}
+        while len(ended) < wanted:
+            frame = host.until("chunk")
+            chunk = frame["chunk"]
+            order.append(frame["id"])
+            if chunk["kind"] == "finished":
+                ended.add(frame["id"])
+            elif chunk["kind"] == "delta":
+                ids.setdefault(frame["id"], []).extend(chunk["value"]["token_ids"])
+                if frame["id"] == 3 and len(ids[3]) == 5:
+                    host.send({"op": "stop", "id": 3})
+        return ids
+
+    order: list[int] = []
+    try:
+        host.load("default")
+        host.generate("Tell me about the sea.", 1)
+        alone = token_ids(1, set())[1]
+        host.generate("Tell me about the sea.", 2)
+        host.generate("What is 17 + 5?", 3)
+        order.clear()
+        together = token_ids(2, set())
+        assert together[2] == alone
+        assert order.index(3) < len(order) - 1 - order[::-1].index(2)
+        turns = sum(left != right for left, right in zip(order, order[1:], strict=False))
+        assert turns > 4, "one was answered after the other"
     finally:
         host.process.kill()
         host.process.wait()
