@@ -98,24 +98,25 @@ def test_lookahead_recalls_what_was_published_per_distance(name: str) -> None:
 
 def test_misses_are_harder_to_foresee_than_hits_as_published() -> None:
     """Qwen3-30B-A3B beside 56 slots a layer; recall of misses and precision, at the 8 likeliest."""
-    passes = synthetic_trace(STATISTICS["Qwen3-30B-A3B"], seed=301, passes=700, layers=8).passes
-    resident: dict[int, list[int]] = {layer: [] for layer in range(8)}
     hits, issued, misses = np.zeros(2), np.zeros(2), np.zeros(2)
-    for now, forward in enumerate(passes):
-        if now >= 100:
+    for seed in (301, 302, 303):
+        statistics = STATISTICS["Qwen3-30B-A3B"]
+        resident: list[list[int]] = [[] for _ in range(8)]
+        trace = synthetic_trace(statistics, seed=seed, passes=400, layers=8)
+        for now, forward in enumerate(trace.passes):
             for _, made in guesses_of([forward]):
-                if made.layer >= 2:
-                    held = resident[made.layer]
-                    sent = {guess.expert for guess in made.guesses[:8]} - set(held)
-                    missed = forward.layers[made.layer].demands.keys() - set(held)
+                if now >= 100 and made.layer >= 2:
+                    held = set(resident[made.layer])
+                    sent = {guess.expert for guess in made.guesses[:8]} - held
+                    missed = forward.layers[made.layer].demands.keys() - held
                     hits[made.distance - 1] += len(sent & missed)
                     issued[made.distance - 1] += len(sent)
                     misses[made.distance - 1] += len(missed)
-        for layer, step in enumerate(forward.layers):
-            held = [expert for expert in resident[layer] if expert not in step.demands]
-            resident[layer] = [*held, *step.demands][-56:]
+            for layer, step in enumerate(forward.layers):
+                kept = [expert for expert in resident[layer] if expert not in step.demands]
+                resident[layer] = [*kept, *step.demands][-56:]
     assert np.abs(hits / misses - (0.751, 0.669)).max() <= 0.05, hits / misses
-    assert np.abs(hits / issued - (0.680, 0.550)).max() <= 0.12, hits / issued
+    assert np.abs(hits / issued - (0.680, 0.550)).max() <= 0.10, hits / issued
 
 
 @pytest.mark.parametrize("batch", [1, 4])

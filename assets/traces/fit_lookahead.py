@@ -92,7 +92,10 @@ def share(found: Choices, wanted: Choices, part: slice) -> float:
 
 
 def noise_beside_a_cache(statistics: RoutingStatistics, index: int) -> tuple[float, float]:
-    """Return noise and cold noise at one distance, fitted to the guesses beside a cache."""
+    """Return noise and cold noise at one distance, fitted to the guesses beside a cache.
+
+    Not all of it can be met at once; recall counts double.
+    """
     drawn = sample(statistics, CACHE_SLOTS)
     missed = drawn.routed & drawn.absent
 
@@ -100,10 +103,10 @@ def noise_beside_a_cache(statistics: RoutingStatistics, index: int) -> tuple[flo
         noise, cold = np.exp(x).tolist()
         scores = guessed(statistics, drawn, noise, cold, index)
         routed = share(among(scores, statistics.top_k), drawn.routed, LATER)
-        off = [1.8 * (routed - RECALLS[statistics.name][index])]
+        off = [2.0 * (routed - RECALLS[statistics.name][index])]
         for listed, recall, precision in BESIDE_A_CACHE[index]:
             likeliest = among(scores, listed)
-            off.append(share(likeliest, missed, LATER) - recall)
+            off.append(2.0 * (share(likeliest, missed, LATER) - recall))
             off.append(share(missed, likeliest & drawn.absent, LATER) - precision)
         return float(np.sum(np.square(off)))
 
