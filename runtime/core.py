@@ -24,6 +24,7 @@ PolicyName = Literal[
 POLICIES: tuple[PolicyName, ...] = (
     "prescope",
     "hybrid",
+    "moe-infinity",
     "on-demand",
     "cpu-miss",
     "static-split",
@@ -296,6 +297,38 @@ class TelemetrySnapshot:
     verdict: str = ""
     trial_tokens_per_s: tuple[float, float] | None = None
     stall_s_by_layer: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether copying ahead pays on this machine, as live trials found it.
+
+    `look_ahead` is for how many layers experts are copied ahead. The speeds, in tokens/s without
+    and with, are 0 before the first trial.
+    """
+
+    look_ahead: int = 2
+    without_tokens_per_s: float = 0.0
+    with_tokens_per_s: float = 0.0
+
+    @property
+    def pair(self) -> tuple[float, float] | None:
+        """Speeds without and with, or None before the first trial."""
+        if not self.without_tokens_per_s:
+            return None
+        return self.without_tokens_per_s, self.with_tokens_per_s
+
+    @property
+    def text(self) -> str:
+        """One sentence for a person."""
+        if not self.without_tokens_per_s:
+            return "Not measured yet whether copying ahead pays here."
+        gain = f"{100 * (self.with_tokens_per_s / self.without_tokens_per_s - 1):+.0f} %"
+        if self.look_ahead == 0:
+            return f"Copying ahead does not pay here ({gain}): switched off."
+        if self.look_ahead == 1:
+            return f"No clear difference ({gain}): only the next layer is copied ahead."
+        return f"Copying ahead pays here: {gain}."
 
 
 SERVED = ("resident", "prefetch in time", "prefetch late", "on demand", "CPU")

@@ -235,6 +235,9 @@ class Engine:
             ram_total_bytes=profile.ram_total_bytes,
             cache_slots=executor.slots,
             cache_slots_used=executor.slots_used,
+            prediction=executor.look_ahead,
+            verdict=executor.verdict,
+            stall_s_by_layer=executor.stall_s_by_layer,
         )
 
     def close(self) -> None:
@@ -295,6 +298,7 @@ class Engine:
         timing = generation.timing
         if timing.new_tokens == 1:
             timing.decode_counters = self.parts.executor.counters()
+            timing.stall_s_by_layer = self.parts.executor.stall_s_by_layer
         if self._shown is not timing:
             if timing.new_tokens == 1:
                 self._show_together(timing.ttft_s)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from runtime.core import HardwareProfile, MemoryPlan, ModelShape
+from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Verdict
 from runtime.executor import RoutedTokens
 from runtime.prompts import Tokenizer
 from runtime.sequences import Cache
@@ -28,6 +28,15 @@ class Executor(Protocol):
 
     @property
     def slots_used(self) -> int: ...
+
+    @property
+    def look_ahead(self) -> bool: ...
+
+    @property
+    def verdict(self) -> Verdict | None: ...
+
+    @property
+    def stall_s_by_layer(self) -> tuple[float, ...]: ...
 
     def set_policy(self, policy: str) -> None: ...
 

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 
 from runtime.cache import CacheTable, SlotState
-from runtime.core import ExpertId, HardwareProfile
+from runtime.controller import OFF, Controller
+from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
 from runtime.eviction_frequency import DecayedScores
 from runtime.formats import ExpertFormat
@@ -94,6 +95,7 @@ class Executor:
         self._observe = observe
         self._predictor = predictor
         self._look_ahead = True
+        self._controller = Controller()
         self._profile = profile
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
@@ -139,19 +141,33 @@ class Executor:
             ConfigError: there is no such policy, or it needs slots and there are none.
         """
         chosen = self._make_policy(policy, self.slots)
-        chosen.look_ahead = chosen.predicts and self._look_ahead
+        chosen.look_ahead = self._controller.look_ahead if self._look_ahead else OFF
         self.order(self.residency.follow(chosen).orders)
 
     @property
     def look_ahead(self) -> bool:
         """Whether experts are copied ahead now."""
-        return self.residency.policy.look_ahead
+        policy = self.residency.policy
+        return policy.copies_ahead and policy.look_ahead > 0
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What was measured of copying ahead; None where nothing is copied ahead."""
+        return self._controller.verdict if self.residency.policy.copies_ahead else None
+
+    @property
+    def stall_s_by_layer(self) -> tuple[float, ...]:
+        """Seconds that each layer waited for the link since the start."""
+        return tuple(self.residency.stall_s_by_layer)
+
+    @property
+    def _guesses(self) -> bool:
+        return self.residency.policy.predicts and self.look_ahead
 
     def set_prediction(self, on: bool) -> None:
         """Let experts be copied ahead, or not, from the next layer on."""
         self._look_ahead = on
-        policy = self.residency.policy
-        policy.look_ahead = on and policy.predicts
+        self.residency.policy.look_ahead = self._controller.look_ahead if on else OFF
         if not on:
             self.order(self.residency.cancel_prefetches().orders)
 
@@ -175,8 +191,11 @@ class Executor:
         `token_ids` are those of all rows, if known. The caller has waited for the compute stream
         since the pass before: it needed the logits.
         """
+        if self._look_ahead and self.residency.policy.copies_ahead:
+            choice = self._controller.begin_pass(self._device.now_s(), tokens, span > 1)
+            self.residency.policy.look_ahead = choice
         predictions: tuple[Prediction, ...] = ()
-        if self._predictor is not None and self.look_ahead and len(token_ids):
+        if self._predictor is not None and self._guesses and len(token_ids):
             began_s = time.perf_counter()
             ids = torch.tensor(token_ids, device=self._device.torch_device)
             predictions = self._predictor.begin_pass(ids).read()
@@ -235,7 +254,7 @@ class Executor:
         computed and added up on their own, so it gets bit for bit what it would get alone.
         """
         tokens = sum(part.hidden_states.shape[0] for part in parts)
-        predictor = self._predictor if self.look_ahead else None
+        predictor = self._predictor if self._guesses else None
         began_s = time.perf_counter()
         pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
         launched_s = time.perf_counter()
@@ -262,7 +281,7 @@ class Executor:
         finally:
             self._rows, self._demands = (), {}
             if not finished:
-                self.residency.abandon_layer()
+                self.order(self.residency.abandon_layer().orders)
         return [mine.combined() for mine in rows]
 
     def resize(self, slots: int) -> None:

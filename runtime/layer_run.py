@@ -55,6 +55,7 @@ def begin_pass(
 ) -> None:
     """Start a forward pass: note what landed, copy ahead what its tokens already tell."""
     _take_ended(residency, ports)
+    residency.prompt = span > 1
     moment = _moment(residency, ports, tokens)
     _do(residency, ports, residency.begin_pass(span, predictions, moment))
 
@@ -83,6 +84,7 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
     return Moment(
         residency.token,
         tokens,
+        residency.prompt,
         ports.now_s(),
         ports.busy_until_s(),
         ports.queue_state(),
@@ -98,4 +100,6 @@ def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
         ports.compute(expert, slot)
         _do(residency, ports, residency.computed(expert))
     if steps.cpu:
+        began_s = ports.now_s()
         ports.compute_on_cpu(steps.cpu)
+        residency.policy.note_cpu(ports.now_s() - began_s)

@@ -14,12 +14,12 @@ from runtime.core import ExpertId
 from runtime.device import Device, Fence, Stream
 from runtime.transfer_queue import CHUNKS_IN_FLIGHT, Chunk
 
-CHUNK_S = 250e-6
+CHUNK_S = 100e-6
 MIN_CHUNK_BYTES = 4096
 
 
 def chunk_bytes_for(link_bytes_per_s: float) -> int:
-    """Return how many bytes the link moves in 250 us: how long a demand waits at most."""
+    """Return how many bytes the link moves in 100 us: how long a demand waits for a prefetch."""
     return max(MIN_CHUNK_BYTES, int(link_bytes_per_s * CHUNK_S) // 64 * 64)
 
 

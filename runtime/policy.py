@@ -36,13 +36,15 @@ class PolicySetup:
 class Moment:
     """The state of the machine when a policy is asked.
 
-    `token` counts tokens since the start; `tokens` is how many rows the pass has. `now_s` is the
+    `token` counts tokens since the start; `tokens` is how many rows the pass has, and `prompt`
+    whether they follow one another in a prompt. `now_s` is the
     host's time, `device_free_s` when the device will have computed all it was given. `holds` says
     whether an expert has a slot.
     """
 
     token: float
     tokens: int
+    prompt: bool
     now_s: float
     device_free_s: float
     queue: QueueState
@@ -79,9 +81,11 @@ class Policy(Protocol):
     name: PolicyName
     eviction: Eviction
     predicts: bool
-    """Whether it can use predictions at all."""
-    look_ahead: bool
-    """Whether it copies ahead now; a person may switch that."""
+    """Whether it goes by the predictor's guesses."""
+    copies_ahead: bool
+    """Whether it copies experts ahead of their layers at all."""
+    look_ahead: int
+    """For how many layers it does so now, 0 to 2; a person or the controller decides that."""
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         """A forward pass begins; return what to copy before its first layer is routed."""
@@ -104,6 +108,14 @@ class Policy(Protocol):
         """Return what to copy from the end of this layer on."""
         ...
 
+    def note_link(self, size_bytes: int, seconds: float) -> None:
+        """Hear how long a copy took that somebody waited for."""
+        ...
+
+    def note_cpu(self, seconds: float) -> None:
+        """Hear how long the CPU took for the experts of the plan."""
+        ...
+
     def protects(self, expert: ExpertId) -> bool:
         """Say whether a resident expert should be kept although its eviction rule would not."""
         ...
@@ -117,7 +129,8 @@ class Reactive:
     """What policies without foresight share: nothing is copied ahead, nobody is protected."""
 
     predicts = False
-    look_ahead = False
+    copies_ahead = False
+    look_ahead = 0
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         return ()
@@ -129,6 +142,12 @@ class Reactive:
 
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
         return ()
+
+    def note_link(self, size_bytes: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def note_cpu(self, seconds: float) -> None:
+        """Nothing to learn."""
 
     def protects(self, expert: ExpertId) -> bool:
         return False

@@ -6,6 +6,7 @@ rail runs beside the others; so they are at least as fast here as where they com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from runtime.core import ExpertId, PolicyName
@@ -78,6 +79,26 @@ class StaticSplit(Reactive):
         return MissPlan(load, cpu)
 
 
+class _Streamed(Lru):
+    """Least recently used of the layers that do not stay: those that do are never asked for."""
+
+    def __init__(self, stays: Sequence[bool]) -> None:
+        super().__init__()
+        self._stays = stays
+
+    def used(self, expert: ExpertId, now: float, weight: float = 1.0) -> None:
+        if not self._stays[expert.layer]:
+            super().used(expert, now, weight)
+
+    def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
+        if not self._stays[expert.layer]:
+            super().admitted(expert, now, prefetched=prefetched)
+
+    def removed(self, expert: ExpertId) -> None:
+        if not self._stays[expert.layer]:
+            super().removed(expert)
+
+
 class LayerStream(Reactive):
     """Layers that fit stay; the others are copied whole, every expert, as they come: accelerate's
     `device_map` offload. At least one layer's slots are kept for streaming."""
@@ -91,7 +112,7 @@ class LayerStream(Reactive):
         for count in setup.experts:
             left -= count
             self._stays.append(left >= 0)
-        self.eviction: Eviction = Lru()
+        self.eviction: Eviction = _Streamed(self._stays)
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
         load = _everyone(routed)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtime.core import POLICIES
 from runtime.errors import ConfigError
 from runtime.policy import Policy, PolicySetup
+from runtime.policy_moe_infinity import MoeInfinity
+from runtime.policy_oracle import Oracle
 from runtime.policy_prescope import PreScope
 from runtime.policy_reactive import CpuMiss, CpuOnly, Hybrid, LayerStream, OnDemand, StaticSplit
+from runtime.trace import ForwardPass
 
 _POLICIES: dict[str, Callable[..., Policy]] = {
     "prescope": PreScope,
     "hybrid": Hybrid,
+    "moe-infinity": MoeInfinity,
     "on-demand": OnDemand,
     "cpu-miss": CpuMiss,
     "static-split": StaticSplit,
@@ -38,3 +42,8 @@ def make_policy(name: str, setup: PolicySetup, **settings: Any) -> Policy:
             "Without a card experts are computed in place: choose cpu-only.",
         )
     return _POLICIES[name](setup, **settings)
+
+
+def make_oracle(passes: Sequence[ForwardPass], setup: PolicySetup) -> Policy:
+    """Return the policy that knows the trace it is used for."""
+    return Oracle(passes, setup)

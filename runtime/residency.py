@@ -18,7 +18,16 @@ from runtime.policy import Moment, Policy, Routed, Wish
 from runtime.scheduler import Miss
 from runtime.telemetry import Counters
 from runtime.trace import LayerStep, Prediction
-from runtime.transfer_queue import Cancel, Cause, Order, Outcome, Promote, Submit, TransferEnded
+from runtime.transfer_queue import (
+    Cancel,
+    Cause,
+    Hold,
+    Order,
+    Outcome,
+    Promote,
+    Submit,
+    TransferEnded,
+)
 
 COPY_ATTEMPTS = 2
 
@@ -46,6 +55,7 @@ class _OpenLayer:
     along: set[ExpertId] = field(default_factory=set)
     late: set[ExpertId] = field(default_factory=set)
     attempts: dict[ExpertId, int] = field(default_factory=dict)
+    held: bool = False
 
 
 class Residency:
@@ -63,10 +73,13 @@ class Residency:
         self.policy = policy
         self.counters = counters
         self.token = 0.0
+        self.prompt = False
         self.stall_s_by_layer = [0.0] * len(layer_bytes)
         self._layer_bytes = tuple(layer_bytes)
         self._open: _OpenLayer | None = None
         self._expected: dict[int, set[int]] = {}
+        self._ordered_s: dict[ExpertId, float] = {}
+        self._seen_s = self._landed_s = 0.0
 
     @property
     def waits(self) -> bool:
@@ -101,6 +114,7 @@ class Residency:
         """
         assert self._open is None, f"layer {self._open} is still open"
         opened = self._open = _OpenLayer(layer)
+        self._seen_s = moment.now_s
         hits: list[tuple[ExpertId, int]] = []
         hit: list[Miss] = []
         coming: list[Miss] = []
@@ -148,6 +162,9 @@ class Residency:
         if not opened.for_slot:
             wishes = self.policy.beside(routed, plan, step.predictions, moment)
             orders += self._prefetch(wishes, moment, layer).orders
+        if plan.hold:
+            opened.held = True
+            orders.insert(0, Hold(True))
         return Steps(tuple(orders), tuple(hits), cpu)
 
     def cancel_prefetches(self) -> Steps:
@@ -168,6 +185,10 @@ class Residency:
     def ended(self, event: TransferEnded) -> Steps:
         """Note that a transfer landed, was cancelled or failed."""
         slot = self.cache.slot(event.slot)
+        ordered_s = self._ordered_s.pop(event.expert, None)
+        if ordered_s is not None and event.outcome is Outcome.LANDED:
+            self.policy.note_link(event.issued_bytes, event.at_s - max(ordered_s, self._landed_s))
+        self._landed_s = self._seen_s = event.at_s
         assert slot.expert == event.expert, (event, slot)
         assert slot.state is SlotState.LOADING, (event, slot)
         needed = self._open is not None and event.expert in self._open.for_bytes
@@ -196,15 +217,19 @@ class Residency:
         assert self._open is not None
         left = (self._open.for_slot, self._open.for_bytes, self._open.to_compute)
         assert not any(left), f"layer {self._open.layer} closed with {left}"
-        layer, self._open = self._open.layer, None
-        return self._prefetch(self.policy.between(layer, moment), moment, layer)
+        layer, held = self._open.layer, self._open.held
+        self._open = None
+        ahead = self._prefetch(self.policy.between(layer, moment), moment, layer)
+        return Steps((Hold(False), *ahead.orders)) if held else ahead
 
-    def abandon_layer(self) -> None:
+    def abandon_layer(self) -> Steps:
         """Forget the open layer after a failure; landed and loading experts keep their slots."""
-        if self._open is not None:
-            for expert in self._open.to_compute | self._open.for_bytes:
-                self._unpin(expert)
-            self._open = None
+        if self._open is None:
+            return Steps()
+        for expert in self._open.to_compute | self._open.for_bytes:
+            self._unpin(expert)
+        held, self._open = self._open.held, None
+        return Steps((Hold(False),) if held else ())
 
     def resize(self, slots: int) -> Steps:
         """Use only `slots` of the allocated slots from now on."""
@@ -324,6 +349,7 @@ class Residency:
             opened.for_bytes.add(expert)
             number = self._reserve(expert, victim, prefetched=False)
             self.cache.pin(number)
+            self._ordered_s[expert] = self._seen_s
             size = self._layer_bytes[expert.layer]
             orders.append(Submit(expert, number, size, Cause.DEMAND))
         return tuple(orders)

@@ -25,12 +25,14 @@ class MissPlan:
     """Which misses go over the link, most urgent first, and which are computed on the CPU.
 
     `along` are experts that nobody asked for and that come over the link before the layer is done
-    all the same: what engines that move whole layers do.
+    all the same: what engines that move whole layers do. With `hold` no prefetch is issued until
+    the layer is done.
     """
 
     load: tuple[int, ...]
     cpu: tuple[int, ...]
     along: tuple[int, ...] = ()
+    hold: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,12 @@ class Costs:
         """Return the rates alone, for those who want to know what the constants are worth."""
         return replace(self, link_call_s=0.0, cpu_call_s=0.0)
 
-    def link_s(self, size_bytes: int) -> float:
-        """Seconds for one expert over the link."""
-        return self.link_call_s + size_bytes / self.link_bytes_per_s
+    def link_s(self, size_bytes: int, copies: int = 1, ahead_s: float = 0.0) -> float:
+        """Seconds until so many experts are over a link that is taken for `ahead_s`.
+
+        The constant is paid once: later copies are called while earlier ones move.
+        """
+        return max(ahead_s, self.link_call_s) + copies * size_bytes / self.link_bytes_per_s
 
     def cpu_work_bytes(self, size_bytes: int, tokens: int) -> float:
         """Bytes of weight reading that computing `tokens` rows on the CPU costs as much as."""
@@ -107,48 +112,59 @@ def split_least_makespan(
     ahead_s: float = 0.0,
     busy_s: float = 0.0,
     worth: Callable[[int], float] = lambda expert: 0.0,
+    bonus_s: Callable[[int], float] = lambda expert: 0.0,
 ) -> MissPlan:
     """Split misses between link and CPU so that the later of the two ends soonest.
 
     `ahead_s` is how long the link is taken already, `busy_s` how long the layer lasts anyway.
     Experts with many tokens go over the link, where tokens are cheap, then those with more
     `worth` in the cache; ties go to the CPU, which needs no slot. While anything is copied the
-    CPU runs at its slower shared rate. After the latency-aware split of reactive hybrid engines:
-    minimise the larger of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
+    CPU runs at its slower shared rate. A fetched expert stays in a slot: `bonus_s` is what that
+    is worth later. After the latency-aware split of reactive hybrid engines: minimise the larger
+    of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
     """
     if len(misses) == 1:
         ordered: Sequence[Miss] = misses
     else:
         ordered = sorted(misses, key=lambda m: (-m.tokens, -worth(m.expert), m.expert))
-    fetched = _best_split(tuple(m.tokens for m in ordered), size_bytes, costs, ahead_s, busy_s)
+    tokens = tuple(miss.tokens for miss in ordered)
+    bonuses_s = tuple(bonus_s(miss.expert) for miss in ordered)
+    fetched = _best_split(tokens, bonuses_s, size_bytes, costs, ahead_s, busy_s)
     experts = tuple(miss.expert for miss in ordered)
     return MissPlan(experts[:fetched], experts[fetched:])
 
 
 def _best_split(
-    tokens: Sequence[int], size_bytes: int, costs: Costs, ahead_s: float, busy_s: float
+    tokens: Sequence[int],
+    bonuses_s: Sequence[float],
+    size_bytes: int,
+    costs: Costs,
+    ahead_s: float,
+    busy_s: float,
 ) -> int:
     """Return how many of the experts with these tokens, in this order, go over the link."""
     per_token = size_bytes / costs.cpu_tokens_per_pass
     base = size_bytes - per_token
     work = [base + per_token * count for count in tokens]
     left_bytes = sum(work)
-    one_link_s = costs.link_s(size_bytes)
+    left_bonus_s, bonus_s = sum(bonuses_s), 0.0
     slow, fast = costs.cpu_bytes_per_s_while_copying, costs.cpu_bytes_per_s
     best, best_s = 0, float("inf")
     count = len(tokens)
     for fetched in range(count + 1):
-        link_s = ahead_s + fetched * one_link_s if fetched else 0.0
+        link_s = costs.link_s(size_bytes, fetched, ahead_s) if fetched else 0.0
         cpu_s = 0.0
         if fetched < count:
-            copying_s = link_s if fetched else ahead_s
-            shared_bytes = min(left_bytes, copying_s * slow)
+            shared_bytes = min(left_bytes, (link_s if fetched else ahead_s) * slow)
             cpu_s = costs.cpu_call_s + shared_bytes / slow + (left_bytes - shared_bytes) / fast
-            left_bytes -= work[fetched]
-        total_s = max(link_s, cpu_s, busy_s)
+        total_s = max(link_s, cpu_s, busy_s) - bonus_s
         if total_s < best_s:
             best, best_s = fetched, total_s
-        if link_s >= best_s:
+        if fetched < count:
+            left_bytes -= work[fetched]
+            bonus_s += bonuses_s[fetched]
+            left_bonus_s -= bonuses_s[fetched]
+        if link_s - bonus_s - left_bonus_s >= best_s:
             break  # more copies only make it later
     return best
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.cache import CacheTable
+from runtime.controller import Controller
 from runtime.core import ExpertId, HardwareProfile
 from runtime.layer_run import begin_pass, run_layer
 from runtime.policy import Policy
@@ -62,11 +63,13 @@ def simulate(
     *,
     predictor_bytes: int = 0,
     warm_passes: int = 0,
+    controller: Controller | None = None,
 ) -> Simulated:
     """Run a trace's passes on the modelled machine of `profile` from a cold cache.
 
     `predictor_bytes` are the weights that a predictor reads per layer; they are charged to the
-    device where the policy predicts.
+    device where the policy predicts. A `controller` decides how far is copied ahead; without one
+    the policy's own choice stands.
     """
     counters = Counters()
     residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
@@ -77,6 +80,9 @@ def simulate(
         ports.timeline.wait_for_compute()
         if number == warm_passes:
             warm, warm_s = ports.counted(), ports.timeline.host_s
+        if controller is not None and policy.copies_ahead:
+            now_s, prompt = ports.timeline.host_s, forward.span > 1
+            policy.look_ahead = controller.begin_pass(now_s, forward.tokens, prompt)
         begin_pass(residency, ports, forward.tokens, forward.span, forward.predictions)
         for layer, step in enumerate(forward.layers):
             ports.open_layer(forward.tokens, step)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from runtime.core import GenerationStats, TelemetrySnapshot
+from runtime.core import GenerationStats, TelemetrySnapshot, Verdict
 
 
 @dataclass
@@ -108,13 +108,17 @@ class Gauges:
     ram_total_bytes: int
     cache_slots: int
     cache_slots_used: int
+    prediction: bool = False
+    verdict: Verdict | None = None
+    stall_s_by_layer: tuple[float, ...] = ()
 
 
 @dataclass
 class Timing:
     """When one generation reached its milestones, on the device's clock.
 
-    `counters` are those at its start, `decode_counters` those at its first token.
+    `counters` are those at its start, `decode_counters` and `stall_s_by_layer` those at its first
+    token.
     """
 
     started_s: float
@@ -184,6 +188,9 @@ def generation_stats(timing: Timing, gauges: Gauges, now_s: float) -> Generation
         link_bytes_prefetch_wasted=gained.link_bytes_prefetch_wasted,
         link_bytes_per_s=gained.link_bytes_issued / elapsed_s if elapsed_s > 0 else 0.0,
         stall_s=gained.stall_s,
+        predictor_s=gained.predictor_s,
+        predictor_recall=gained.predictor_recall,
+        predictor_precision=gained.predictor_precision,
         vram_used_bytes=gauges.vram_used_bytes,
         ram_used_bytes=gauges.ram_used_bytes,
         cache_slots=gauges.cache_slots,
@@ -258,6 +265,7 @@ class Panel:
         decode = gauges.counters.since(timing.decode_counters or gauges.counters)
         steps = max(1, timing.new_tokens - 1)
         span_s = now_s - since_s
+        verdict = gauges.verdict
         return TelemetrySnapshot(
             sequence=self._sequence,
             emulated=gauges.emulated,
@@ -284,4 +292,24 @@ class Panel:
             layers=gauges.layers,
             experts=gauges.experts,
             heat=base64.b64encode(gauges.heat).decode("ascii"),
+            prediction=gauges.prediction,
+            prefetch_bytes_per_token=(
+                decode.link_bytes_prefetch_used / steps,
+                decode.link_bytes_prefetch_late / steps,
+                (decode.link_bytes_prefetch_wasted + decode.link_bytes_cancelled) / steps,
+            ),
+            predictor_recall=decode.predictor_recall,
+            predictor_precision=decode.predictor_precision,
+            predictor_s_per_token=decode.predictor_s / steps,
+            verdict="" if verdict is None else verdict.text,
+            trial_tokens_per_s=None if verdict is None else verdict.pair,
+            stall_s_by_layer=self._stalls(gauges, steps),
         )
+
+    def _stalls(self, gauges: Gauges, steps: int) -> tuple[float, ...]:
+        """Return seconds per token and layer since the running or last generation's prompt."""
+        timing = self._timing
+        if timing is None or not timing.new_tokens or timing.stall_s_by_layer is None:
+            return tuple(0.0 for _ in gauges.stall_s_by_layer)
+        pairs = zip(gauges.stall_s_by_layer, timing.stall_s_by_layer, strict=True)
+        return tuple((now - then) / steps for now, then in pairs)

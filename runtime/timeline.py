@@ -66,10 +66,14 @@ class Timeline:
         return self.host_s - began_s
 
     def copy(self, size_bytes: int, ready_s: float, first: bool) -> tuple[float, float]:
-        """Queue one chunk on the link, not before `ready_s`; return when it begins and lands."""
-        call = self._profile.link_call_s.value if first else 0.0
-        begins_s = max(self.copy_free_s, ready_s)
-        self.copy_free_s = begins_s + call + size_bytes / self._profile.link_bytes_per_s.value
+        """Queue one chunk on the link, ordered at `ready_s`; return when it begins and lands.
+
+        The call that starts a transfer takes a while, but not on the link: copies that wait
+        behind others have long been called when their turn comes.
+        """
+        called_s = ready_s + self._profile.link_call_s.value if first else ready_s
+        begins_s = max(self.copy_free_s, called_s)
+        self.copy_free_s = begins_s + size_bytes / self._profile.link_bytes_per_s.value
         return begins_s, self.copy_free_s
 
     def copying_until_s(self, backlog_bytes: int) -> float:

@@ -13,6 +13,8 @@ from enum import Enum
 from runtime.core import ExpertId
 
 CHUNKS_IN_FLIGHT = 2
+PREFETCHES_IN_FLIGHT = 1
+"""A demand waits for what is on the stream: never for more than one chunk of a prefetch."""
 
 
 class Cause(Enum):
@@ -51,7 +53,14 @@ class Cancel:
     expert: ExpertId
 
 
-Order = Submit | Promote | Cancel
+@dataclass(frozen=True)
+class Hold:
+    """Order: issue no prefetches until the next `Hold(False)`; demands go on."""
+
+    on: bool
+
+
+Order = Submit | Promote | Cancel | Hold
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ class TransferQueue:
         self._transfers: dict[ExpertId, _Transfer] = {}
         self._ages = 0
         self._in_flight = 0
+        self._held = False
+        self._resumed_s = 0.0
         self.issued_bytes = 0
 
     def __len__(self) -> int:
@@ -126,11 +137,11 @@ class TransferQueue:
 
     @property
     def backlog_bytes(self) -> int:
-        """Bytes that were asked for and not yet issued."""
+        """Bytes that were asked for, not yet issued, and not held."""
         return sum(
             t.order.size_bytes - t.issued_bytes
             for t in self._transfers.values()
-            if not (t.cancelled or t.failed)
+            if not (t.cancelled or t.failed) and (t.demanded or not self._held)
         )
 
     def state(self, stream_free_s: float) -> QueueState:
@@ -172,10 +183,16 @@ class TransferQueue:
             demanded = order.cause is Cause.DEMAND
             self._transfers[order.expert] = _Transfer(order, self._ages, now_s, demanded)
             return None
+        if isinstance(order, Hold):
+            self._held = order.on
+            self._resumed_s = now_s
+            return None
         transfer = self._transfers.get(order.expert)
         if transfer is None:
             return None
         if isinstance(order, Promote):
+            if not transfer.demanded:
+                transfer.submitted_s = max(transfer.submitted_s, now_s)
             transfer.demanded = True
             transfer.cancelled = False
             return None
@@ -194,6 +211,8 @@ class TransferQueue:
         if not waiting:
             return None
         transfer = min(waiting, key=_urgency)
+        if not transfer.demanded and (self._held or self._in_flight >= PREFETCHES_IN_FLIGHT):
+            return None
         offset = transfer.issued_bytes
         size = min(self._chunk_bytes, transfer.order.size_bytes - offset)
         transfer.issued_bytes += size
@@ -205,7 +224,9 @@ class TransferQueue:
             transfer.order.slot,
             offset,
             size,
-            transfer.submitted_s,
+            transfer.submitted_s
+            if transfer.demanded
+            else max(transfer.submitted_s, self._resumed_s),
             first=offset == 0,
             last=transfer.issued_bytes == transfer.order.size_bytes,
         )

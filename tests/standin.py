@@ -99,6 +99,9 @@ class StandInExecutor:
     def __init__(self) -> None:
         self.policy = "on-demand"
         self.slots = self.slots_used = LAYERS * EXPERTS
+        self.look_ahead = False
+        self.verdict = None
+        self.stall_s_by_layer = (0.0,) * LAYERS
         self.passes: list[int] = []
         self.prediction = True
         self.resets = 0

@@ -35,6 +35,7 @@ FLOORS = {
     "offline": 1,
     "policy": 1,
     "calibration": 1,
+    "rails": 1,
     "activation_tracing": 1,
     "controller": 1,
     "machines": 1,

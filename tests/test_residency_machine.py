@@ -32,6 +32,7 @@ from runtime.errors import TransferError
 from runtime.eviction import EVICTIONS, make_eviction
 from runtime.link import Link
 from runtime.policy import Moment, Policy, PolicySetup, Reactive, Routed, Wish
+from runtime.policy_moe_infinity import MoeInfinity
 from runtime.policy_prescope import PreScope
 from runtime.residency import Residency, Steps
 from runtime.scheduler import Costs, MissPlan
@@ -74,6 +75,7 @@ class Wild(Reactive):
 
     name: PolicyName = "prescope"
     predicts = True
+    copies_ahead = True
 
     def __init__(self, seed: int, eviction: str) -> None:
         self.eviction = make_eviction(eviction, LAYERS)
@@ -85,7 +87,8 @@ class Wild(Reactive):
         cut = self.draw.randint(0, len(missing))
         given_up = [m.expert for m in routed.coming if self.draw.random() < 0.3]
         along = tuple(range(EXPERTS)) if self.draw.random() < 0.1 else ()
-        return MissPlan(tuple(missing[:cut]), (*missing[cut:], *given_up), along)
+        hold = self.draw.random() < 0.5
+        return MissPlan(tuple(missing[:cut]), (*missing[cut:], *given_up), along, hold)
 
     def beside(self, *told: Any) -> Sequence[Wish]:
         return self._wishes()
@@ -119,7 +122,8 @@ SETUP = PolicySetup(
 class ResidencyMachine(RuleBasedStateMachine):
     @initialize(
         policy=st.builds(Wild, st.integers(0, 999), st.sampled_from(sorted(EVICTIONS)))
-        | st.builds(PreScope, st.just(SETUP)),
+        | st.builds(PreScope, st.just(SETUP))
+        | st.builds(MoeInfinity, st.just(SETUP)),
         pinned=st.booleans(),
     )
     def build(self, policy: Policy, pinned: bool) -> None:
@@ -180,6 +184,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         return Moment(
             self.residency.token,
             1,
+            False,
             self.device.now_s(),
             self.device.busy_until_s(),
             self.transfer.state(self.device.now_s()),
@@ -214,7 +219,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule()
     def abandon(self) -> None:
-        self.residency.abandon_layer()
+        self.carry_out(self.residency.abandon_layer())
         self.to_compute.clear()
         self.open = False
 

@@ -32,8 +32,9 @@ def makespan_s(
     load: set[int], misses: list[Miss], costs: Costs, ahead_s: float, busy_s: float
 ) -> float:
     """The latest of link, CPU and device, worked out apart from the code under test."""
-    each_s = costs.link_call_s + SIZE / costs.link_bytes_per_s
-    copying_s = ahead_s + len(load) * each_s
+    copying_s = ahead_s
+    if load:
+        copying_s = max(ahead_s, costs.link_call_s) + len(load) * SIZE / costs.link_bytes_per_s
     link_s = copying_s if load else 0.0
     work = sum(
         SIZE * (1 + (m.tokens - 1) / costs.cpu_tokens_per_pass)

@@ -161,8 +161,8 @@ def test_closing_leaves_no_thread(rig: Rig) -> None:
     assert not any(t.name == "prescope-transfer" and t.is_alive() for t in threading.enumerate())
 
 
-def test_a_chunk_lasts_about_250_us_and_is_aligned() -> None:
-    assert chunk_bytes_for(25e9) == 6_250_000 // 64 * 64
+def test_a_chunk_lasts_about_100_us_and_is_aligned() -> None:
+    assert chunk_bytes_for(25e9) == 2_500_000 // 64 * 64
     assert chunk_bytes_for(1e6) == 4096
 
 

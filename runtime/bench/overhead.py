@@ -37,6 +37,9 @@ class _NoExecutor:
 
     policy = "stock"
     slots = slots_used = 0
+    look_ahead = False
+    verdict = None
+    stall_s_by_layer = ()
 
     def set_policy(self, policy: str) -> None:
         """There is nothing to place."""
