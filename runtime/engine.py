@@ -335,4 +335,5 @@ class Engine:
         """Let the panel follow all requests together from now on: somebody joined or left."""
         now_s = self.parts.device.now_s()
         self._shown = Timing.from_here(now_s, self.parts.executor.counters(), ttft_s)
+        self._shown.stall_s_by_layer = self.parts.executor.stall_s_by_layer
         self._panel.follow(self._shown)

@@ -128,6 +128,7 @@ class Timing:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     new_tokens: int = 0
+    stall_s_by_layer: tuple[float, ...] | None = None
 
     @classmethod
     def from_here(cls, now_s: float, counters: Counters, ttft_s: float) -> Timing:
