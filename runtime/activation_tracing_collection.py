@@ -200,7 +200,6 @@ class Match:
     def clear(self) -> None:
         self.matrix.clear()
         self._dots[:] = 0.0
-        self._squares[:] = 0.0
 
     def similarities(self) -> Floats:
         """Return the cosine similarity over the rows seen so far, [entries], 0 to 1."""

@@ -62,9 +62,6 @@ def offline_misses(passes: Sequence[ForwardPass], slots: int, *, free_start: boo
                 number = layer * width + expert
                 if number not in here:
                     misses += 1
-                if next_use == NEVER:
-                    here.discard(number)
-                    continue
                 here.add(number)
                 heappush(latest, -(next_use * span + number))
             # Entries of uses that have passed lie below those of every expert that is here.
