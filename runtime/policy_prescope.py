@@ -206,8 +206,9 @@ class PreScope:
     # What is copied ahead.
 
     def _foresee(self, predictions: Sequence[Prediction]) -> None:
+        farthest = min(self.settings.lookahead, self.look_ahead)
         for prediction in predictions:
-            if prediction.distance <= min(self.settings.lookahead, self.look_ahead):
+            if prediction.distance <= farthest and prediction.layer < self._setup.layers:
                 self._soon[prediction.layer] = self._calibration.note(prediction)
 
     def _everyone(self, layer: int, tokens: int) -> tuple[Prediction, ...]:
