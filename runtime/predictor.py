@@ -1,6 +1,7 @@
 """LLaPor's place in the engine: guesses the experts of the next two layers at every layer.
 
-Without any training it reuses the routers themselves (`runtime.predictor_reuse`).
+Without any training it reuses the routers themselves (`runtime.predictor_reuse`); learned heads
+(`runtime.predictor_heads`) replace that per (layer, distance) while they do better on live tokens.
 """
 
 from __future__ import annotations
@@ -8,41 +9,51 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from runtime.predictor_heads import Head, Heads, Past, score
+from runtime.predictor_memory import Memory
 from runtime.predictor_ranking import Curve, Ranked, predictions_from, rank, rank_alike
-from runtime.predictor_reuse import (
-    RouterView,
-    folded,
-    folded_from_residual,
-    targets_of,
-    unit_rms,
-)
+from runtime.predictor_reuse import RouterView, unit_rms
+from runtime.predictor_slots import Slot, make_slots
 from runtime.trace import Prediction
 
 MAX_TOKENS = 32
 """A pass of more tokens needs nearly every expert; guessing would be work for nothing."""
 
-TOKENS = -1
-"""The place before the first layer, where only the tokens are known."""
 
-_SLOPE_PER_SPREAD = 2.5
+class Target(NamedTuple):
+    """MoE layer `layer`, as guessed `distance` layers before it."""
+
+    layer: int
+    distance: int
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is guessed at one place: its targets and the one product that scores all of them."""
+    """All guesses made at one place. `matrix` scores the targets whose routers are reused, in the
+    order of `reused`; `head` scores the others."""
 
+    slots: tuple[Slot, ...]
     targets: tuple[tuple[int, int], ...]
-    views: tuple[RouterView, ...]
     top_ks: tuple[int, ...]
     curves: tuple[Curve, ...]
-    matrix: Tensor
+    reused: tuple[int, ...]
+    matrix: Tensor | None
     bias: Tensor | None
+    head: Head | None
+    extra: Tensor | None
     alike: bool
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.matrix, self.bias, self.extra)
+        dense = self.head.dense_bytes if self.head is not None else 0
+        return dense + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class _Nothing:
@@ -63,16 +74,18 @@ class _Guessed:
         began_s = time.perf_counter()
         source = self._source
         made = predictions_from(self._ranked, source.targets, source.top_ks, source.curves)
+        self._owner.note_guesses(made)
         self._owner.seconds += time.perf_counter() - began_s
         return made
 
 
 class Predictor:
-    """Implements `runtime.prediction.ExpertPredictor`. Engine thread only.
+    """Guesses experts and learns which of its two ways of guessing is better. Engine thread only.
 
-    `views` has one entry per MoE layer, None where its router could not be understood: nothing is
-    guessed for or from such a layer. `embedding` is the model's (vocabulary, hidden) table or None.
-    `dtype` is that of the router inputs. `seconds` is the host time spent in guessing so far.
+    `views` has one entry per MoE layer, None where its router could not be understood: it is then
+    neither reused nor guessed from without learned `heads`. `embedding` is the model's
+    (vocabulary, hidden) table or None. `dtype` is that of the router inputs. `seconds` is the host
+    time spent in guessing so far.
     """
 
     def __init__(
@@ -80,89 +93,169 @@ class Predictor:
         views: Sequence[RouterView | None],
         embedding: Tensor | None,
         dtype: torch.dtype,
+        heads: Heads | None = None,
     ) -> None:
-        self._views = tuple(views)
-        self._embedding = embedding
-        self._dtype = dtype
-        self._sources = {
-            place: source
-            for place in range(TOKENS, len(self._views))
-            if (source := self._reuse(place)) is not None
-        }
-        read = sum(_bytes(source) for source in self._sources.values())
-        self.weight_bytes = -(-read // max(1, len(self._views)))
+        self.views = tuple(views)
+        self.heads = heads
+        self.embedding = embedding
+        self.dtype = dtype
+        self.slots = make_slots(self.views, embedding is not None, heads)
+        known = [view for view in self.views if view is not None]
+        width = max((view.weight.shape[1] for view in known), default=0)
+        self.memory = Memory(len(self.views), len(self.views) * width * dtype.itemsize)
+        self.past = Past(heads) if heads is not None else None
         self.seconds = 0.0
+        self.misses: dict[Target, list[int]] = {}
+        self._latest: dict[int, dict[int, tuple[int, ...]]] = {}
+        self._base: Tensor | None = None
+        self._sources: tuple[_Source | None, ...] = ()
+        self.weight_bytes = 0
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Put together again what is multiplied at each place, after slots have changed."""
+        self._sources = tuple(self._source(place) for place in range(len(self.views)))
+        made = [source for source in self._sources if source is not None]
+        rows = 0
+        if self.heads is not None and any(source.head is not None for source in made):
+            dense = sum(head.dense_bytes for head in self.heads.places)
+            rows = self.heads.bytes_per_token() - dense
+        read = sum(source.nbytes for source in made) + rows
+        self.weight_bytes = -(-read // max(1, len(self.views)))
 
     def begin_pass(self, token_ids: Tensor) -> _Guessed | _Nothing:
         """Guess the first two layers from the pass's tokens; `token_ids` is (tokens,)."""
-        source = self._sources.get(TOKENS)
-        if source is None or token_ids.shape[0] > MAX_TOKENS:
-            return NOTHING
-        assert self._embedding is not None
+        tokens = token_ids.shape[0]
         began_s = time.perf_counter()
-        residual = unit_rms(self._embedding[token_ids.to(self._embedding.device)])
-        ranked = _ranked(source, residual.to(device=source.matrix.device, dtype=self._dtype))
+        self._latest.clear()
+        state = self.past.state if self.past is not None and tokens == 1 else None
+        self._base = None
+        if self.past is not None:
+            if tokens <= MAX_TOKENS:
+                self._base = self.past.base(token_ids)
+            else:
+                self.past.forget()
+        self.memory.begin(token_ids, self._base, state)
+        source = self._sources[0] if self._sources and tokens <= MAX_TOKENS else None
+        ranked = None
+        if source is not None:
+            x = self._residual(token_ids) if source.matrix is not None else None
+            base = None if self._base is None else self._base[:, 0]
+            ranked = _ranked(source, x, base, state)
         self.seconds += time.perf_counter() - began_s
+        if source is None or ranked is None:
+            return NOTHING
         return _Guessed(self, source, ranked)
 
     def launch(
         self, layer: int, router_input: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> _Guessed | _Nothing:
         """Guess layers `layer` + 1 and + 2 from what the router of `layer` saw and chose."""
-        source = self._sources.get(layer)
-        if source is None or router_input.shape[0] > MAX_TOKENS:
-            return NOTHING
         began_s = time.perf_counter()
-        ranked = _ranked(source, router_input)
+        if self.past is not None:
+            self.past.saw(layer, router_input, top_k_index)
+        self.memory.saw(layer, router_input, top_k_index, top_k_weights)
+        tokens, place = router_input.shape[0], layer + 1
+        source = self._sources[place] if place < len(self._sources) else None
+        ranked = None
+        if source is not None and tokens <= MAX_TOKENS:
+            known = self._base is not None and self._base.shape[0] == tokens
+            base = self._base[:, place] if known and self._base is not None else None
+            ranked = _ranked(source, router_input, base, None, top_k_index, top_k_weights)
         self.seconds += time.perf_counter() - began_s
+        if source is None or ranked is None:
+            return NOTHING
         return _Guessed(self, source, ranked)
 
-    def improve(self, budget_s: float) -> None:
-        """Learn from what was seen for up to `budget_s` seconds."""
+    def note_guesses(self, made: Sequence[Prediction]) -> None:
+        """Keep the best k guesses of this pass, to be judged by `note_misses`."""
+        for guess in made:
+            view = self.views[guess.layer]
+            top_k = view.top_k if view is not None else len(guess.guesses) // 2
+            best = tuple(g.expert for g in guess.guesses[:top_k])
+            self._latest.setdefault(guess.layer, {})[guess.distance] = best
 
-    def reset(self) -> None:
-        """Forget what was learned on this machine, on disk as well."""
+    def note_misses(self, layer: int, experts: Sequence[int]) -> None:
+        """Count how many of the routed experts that were not resident had been guessed."""
+        for distance, guessed in self._latest.get(layer, {}).items():
+            counts = self.misses.setdefault(Target(layer, distance), [0, 0])
+            counts[0] += len(set(experts) & set(guessed))
+            counts[1] += len(experts)
 
-    def _reuse(self, place: int) -> _Source | None:
-        """Fold what can be guessed at one place without training; None where nothing can."""
-        targets = targets_of(place, self._views)
-        source = self._views[place] if place != TOKENS else None
-        if not targets or (self._embedding is None if place == TOKENS else source is None):
+    def _residual(self, token_ids: Tensor) -> Tensor:
+        assert self.embedding is not None
+        rows = self.embedding[token_ids.to(self.embedding.device)]
+        return unit_rms(rows).to(dtype=self.dtype)
+
+    def _source(self, place: int) -> _Source | None:
+        slots = tuple(slot for slot in self.slots if slot.place == place and slot.usable)
+        if not slots:
             return None
-        views = tuple(view for _, _, view in targets)
-        matrices = [folded_from_residual(v) if source is None else folded(source, v) for v in views]
-        rows = [torch.zeros(v.experts) if v.bias is None else v.bias.float().cpu() for v in views]
-        bias = torch.cat(rows) if any(view.bias is not None for view in views) else None
-        alike = all(v.scoring == "logits" and v.selection_bias is None for v in views)
-        alike = alike and len({(v.experts, v.top_k) for v in views}) == 1
-        matrix = torch.cat(matrices).to(self._dtype)
+        reused = tuple(n for n, slot in enumerate(slots) if not slot.shadow.learned_on)
+        matrices = [slots[n].matrix() for n in reused]
+        biases = [slots[n].bias() for n in reused]
+        learned = self.heads is not None and len(reused) < len(slots)
         return _Source(
-            targets=tuple((layer, distance) for distance, layer, _ in targets),
-            views=views,
-            top_ks=tuple(view.top_k for view in views),
-            curves=tuple(_first_curve(view, m) for view, m in zip(views, matrices, strict=True)),
-            matrix=matrix,
-            bias=None if bias is None else bias.to(device=matrix.device, dtype=self._dtype),
-            alike=alike,
+            slots=slots,
+            targets=tuple((slot.layer, slot.distance) for slot in slots),
+            top_ks=tuple(slot.top_k for slot in slots),
+            curves=tuple(slot.curve for slot in slots),
+            reused=reused,
+            matrix=torch.cat(matrices).to(self.dtype) if reused else None,
+            bias=torch.cat(biases).to(self.dtype) if any(b.any() for b in biases) else None,
+            head=self.heads.places[place] if learned and self.heads is not None else None,
+            extra=_extra(slots) if learned else None,
+            alike=len({(slot.experts, slot.top_k) for slot in slots}) == 1
+            and all(slot.plain for slot in slots),
         )
 
 
-def _ranked(source: _Source, x: Tensor) -> Ranked:
-    logits = linear(x, source.matrix, source.bias).float()
-    if source.alike and x.shape[0] == 1:
-        return rank_alike(logits.view(len(source.views), -1), source.top_ks[0])
-    parts = torch.split(logits, [view.experts for view in source.views], dim=1)
-    scores = [view.scored(part) for view, part in zip(source.views, parts, strict=True)]
+def _extra(slots: Sequence[Slot]) -> Tensor | None:
+    """Return (2 x experts,), what was learned here on top of a head; None if that is nothing."""
+    parts = [slot.head_bias for slot in slots]
+    known = next((part for part in parts if part is not None), None)
+    if known is None:
+        return None
+    empty = torch.zeros_like(known)
+    by_distance = {slot.distance: slot.head_bias for slot in slots}
+    found = [by_distance.get(distance) for distance in (1, 2)]
+    return torch.cat([empty if part is None else part for part in found])
+
+
+def _ranked(
+    source: _Source,
+    x: Tensor | None,
+    base: Tensor | None,
+    state: Tensor | None,
+    top_k_index: Tensor | None = None,
+    top_k_weights: Tensor | None = None,
+) -> Ranked | None:
+    """Score and rank one place's targets; None if what is in use cannot be asked just now."""
+    learned: Tensor | None = None
+    if source.head is not None:
+        if base is None:
+            return None
+        seen = state if top_k_index is None else x
+        learned = score(source.head, base, seen, top_k_index, top_k_weights)
+        if source.extra is not None:
+            learned = learned + source.extra
+    if learned is not None and not source.reused and source.alike and learned.shape[0] == 1:
+        count = len(source.slots)
+        return rank_alike(learned.view(2, -1)[:count], source.top_ks[0])
+    logits: Tensor | None = None
+    if source.matrix is not None:
+        assert x is not None
+        logits = linear(x, source.matrix, source.bias).float()
+        if learned is None and source.alike and logits.shape[0] == 1:
+            return rank_alike(logits.view(len(source.slots), -1), source.top_ks[0])
+    scores, begin = [], 0
+    for number, slot in enumerate(source.slots):
+        if number in source.reused:
+            assert logits is not None
+            assert slot.view is not None
+            scores.append(slot.view.scored(logits[:, begin : begin + slot.experts]))
+            begin += slot.experts
+        else:
+            assert learned is not None
+            scores.append(learned[:, (slot.distance - 1) * slot.experts :][:, : slot.experts])
     return rank(scores, source.top_ks, source.curves)
-
-
-def _first_curve(view: RouterView, matrix: Tensor) -> Curve:
-    """A curve for scores nobody has measured yet: their spread on random inputs is the unit."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, matrix.shape[1], generator=generator).to(matrix.device)
-    spread = float(view.scored(x @ matrix.T).float().std())
-    return Curve(_SLOPE_PER_SPREAD / max(spread, 1e-9), 0.0)
-
-
-def _bytes(source: _Source) -> int:
-    return source.matrix.nbytes + (0 if source.bias is None else source.bias.nbytes)

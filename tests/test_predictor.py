@@ -1,0 +1,470 @@
+"""The predictor: what it guesses without training, what it learns, and when it trusts which."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import predictor_files
+from runtime.predictor import MAX_TOKENS, Predictor
+from runtime.predictor_heads import Head, Heads, Packed, Tables, pack
+from runtime.predictor_open import LearningPredictor
+from runtime.predictor_ranking import Curve, margins
+from runtime.predictor_reuse import folded, folded_from_residual, unit_rms
+from runtime.trace import Prediction
+from tests.routing_streams import (
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    TOP_K,
+    VOCABULARY,
+    Token,
+    embedding,
+    stream,
+    views,
+)
+
+INNER, COMPRESSED, WIDTH = 6, 8, 6 + 2 * EXPERTS
+
+
+def guesses(predictor: Predictor, token: Token) -> list[Prediction]:
+    """Run one token through a predictor as the executor would."""
+    made = list(predictor.begin_pass(token.ids).read())
+    for layer in range(LAYERS):
+        pending = predictor.launch(
+            layer, token.inputs[layer], token.chosen[layer], token.weights[layer]
+        )
+        made += pending.read()
+    return made
+
+
+def recalls(predictor: Predictor, tokens: list[Token]) -> dict[int, float]:
+    """Mean recall at k per distance, of targets guessed from a layer."""
+    met: dict[int, list[float]] = {1: [], 2: []}
+    for token in tokens:
+        for made in guesses(predictor, token):
+            if made.layer >= made.distance:
+                wanted = set(token.chosen[made.layer][0].tolist())
+                best = {guess.expert for guess in made.guesses[:TOP_K]}
+                met[made.distance].append(len(wanted & best) / TOP_K)
+    return {distance: sum(values) / len(values) for distance, values in met.items()}
+
+
+def many(seed: int, count: int, **options: torch.Tensor) -> list[Token]:
+    return list(islice(stream(seed, **options), count))  # type: ignore[arg-type]
+
+
+def learner(
+    folder: Path | None = None, shipped: Path | None = None, seed: int = 0
+) -> LearningPredictor:
+    return LearningPredictor(views(seed), embedding(), torch.float32, shipped, folder)
+
+
+def heads_that_reuse(
+    scale: float = 1.0, noise: float = 0.0, lean: torch.Tensor | None = None
+) -> Heads:
+    """Heads that score as router reuse does, times `scale`, plus noise and a lean (experts,)."""
+    routers, generator = views(), torch.Generator().manual_seed(9)
+    places = []
+    for place in range(LAYERS):
+        first = torch.zeros(WIDTH, HIDDEN)
+        for distance in (1, 2):
+            target = place + distance - 1
+            if place and target < LAYERS:
+                rows = slice(INNER + (distance - 1) * EXPERTS, INNER + distance * EXPERTS)
+                first[rows] = folded(routers[place - 1], routers[target]) * scale
+        first[INNER:] += noise * torch.randn(2 * EXPERTS, HIDDEN, generator=generator)
+        places.append(
+            Head(
+                compress=torch.eye(HIDDEN, dtype=torch.int8),
+                first=pack(first),
+                second=Packed(
+                    torch.zeros(2 * EXPERTS, INNER, dtype=torch.int8), torch.ones(2 * EXPERTS)
+                ),
+                routed=torch.zeros(EXPERTS, WIDTH).half() if place else None,
+                gate=None,
+                inner=None,
+            )
+        )
+    token = torch.zeros(VOCABULARY, LAYERS, WIDTH)
+    rows = unit_rms(embedding())
+    for distance in (1, 2):
+        columns = slice(INNER + (distance - 1) * EXPERTS, INNER + distance * EXPERTS)
+        token[:, 0, columns] = rows @ folded_from_residual(routers[distance - 1]).T * scale
+    bias = torch.zeros(LAYERS, WIDTH)
+    if lean is not None:
+        bias[:, INNER:] = lean.repeat(2)
+    tables = Tables(
+        token.half(),
+        torch.zeros(VOCABULARY, WIDTH).half(),
+        bias,
+        torch.zeros(LAYERS, EXPERTS, 2, WIDTH).half(),
+        4.0,
+    )
+    return Heads(tuple(places), tables, EXPERTS, TOP_K)
+
+
+def ship(folder: Path, heads: Heads, *, reuse: float, learned: float) -> Path:
+    """Write heads as files that claim these recalls."""
+    entries = [
+        {
+            "layer": place + distance - 1,
+            "distance": distance,
+            "reuse_recall": reuse,
+            "learned_recall": learned,
+            "reuse_curve": [1.0, 0.0],
+            "learned_curve": [1.0, 0.0],
+        }
+        for place in range(LAYERS)
+        for distance in (1, 2)
+        if place + distance - 1 < LAYERS
+    ]
+    facts = {
+        "fingerprint": predictor_files.fingerprint(views()),
+        "top_k": TOP_K,
+        "half_life_tokens": 4.0,
+        "slots": entries,
+    }
+    predictor_files.write(folder, predictor_files.SHIPPED_NAME, heads.tensors(), facts)
+    return folder
+
+
+# Without training
+
+
+def test_a_cold_start_guesses_what_the_folded_routers_choose() -> None:
+    routers, token = views(), many(3, 1)[0]
+    made = {
+        (m.layer, m.distance): m
+        for m in guesses(Predictor(routers, embedding(), torch.float32), token)
+    }
+    wanted = {(place + d - 1, d) for place in range(LAYERS) for d in (1, 2)}
+    assert set(made) == {(layer, d) for layer, d in wanted if layer < LAYERS}
+    for (layer, distance), prediction in made.items():
+        place = layer + 1 - distance
+        if place:
+            x = token.inputs[place - 1]
+            scores = (x @ folded(routers[place - 1], routers[layer]).T)[0]
+        else:
+            scores = (unit_rms(embedding()[token.ids]) @ folded_from_residual(routers[layer]).T)[0]
+        best = scores.topk(2 * TOP_K).indices.tolist()
+        assert [guess.expert for guess in prediction.guesses] == best
+        chances = [guess.probability for guess in prediction.guesses]
+        assert chances == sorted(chances, reverse=True)
+        assert all(0.0 <= chance <= 1.0 for chance in chances)
+
+
+def test_without_noise_or_shift_reuse_is_always_right() -> None:
+    predictor = Predictor(views(), embedding(), torch.float32)
+    tokens = list(islice(stream(4, noise=0.0), 20))
+    assert recalls(predictor, tokens) == {1: 1.0, 2: 1.0}
+
+
+def test_a_layer_that_was_not_understood_is_neither_guessed_nor_guessed_from() -> None:
+    routers = [*views()[:1], None, *views()[2:]]
+    made = guesses(Predictor(routers, None, torch.float32), many(3, 1)[0])
+    assert {(m.layer, m.distance) for m in made} == {(2, 2), (3, 1)}
+
+
+def test_long_passes_are_not_guessed() -> None:
+    predictor = Predictor(views(), embedding(), torch.float32)
+    count = MAX_TOKENS + 1
+    assert predictor.begin_pass(torch.zeros(count, dtype=torch.int64)).read() == ()
+    token = many(3, 1)[0]
+    rows = [t.expand(count, -1) for t in (token.inputs[0], token.chosen[0], token.weights[0])]
+    assert predictor.launch(0, *rows).read() == ()
+
+
+def test_rows_are_merged_into_the_chance_that_any_token_needs_an_expert() -> None:
+    routers = views()
+    predictor = Predictor(routers, embedding(), torch.float32)
+    tokens = many(5, 3)
+    ids = torch.cat([token.ids for token in tokens])
+    predictor.begin_pass(ids)
+    parts = [
+        [getattr(token, name)[0] for token in tokens] for name in ("inputs", "chosen", "weights")
+    ]
+    made = predictor.launch(0, *(torch.cat(part) for part in parts)).read()
+    curve = next(s.curve for s in predictor.slots if (s.layer, s.distance) == (1, 1))
+    scores = torch.cat(parts[0]) @ folded(routers[0], routers[1]).T
+    each = torch.sigmoid(margins(scores, TOP_K) * curve.slope + curve.offset)
+    wanted = 1 - (1 - each).prod(0)
+    (near,) = (m for m in made if m.distance == 1)
+    assert len(near.guesses) <= min(EXPERTS, 2 * TOP_K * 3)
+    for guess in near.guesses:
+        assert guess.probability == pytest.approx(float(wanted[guess.expert]), abs=1e-5)
+    kept = {guess.expert for guess in near.guesses}
+    assert kept == {e for e in range(EXPERTS) if wanted[e] > 0.02}
+
+
+def test_half_precision_models_are_guessed_too() -> None:
+    predictor = Predictor(views(), embedding().bfloat16(), torch.bfloat16)
+    tokens = [
+        Token(t.ids, [x.bfloat16() for x in t.inputs], t.chosen, t.weights)
+        for t in islice(stream(4, noise=0.0), 20)
+    ]
+    assert min(recalls(predictor, tokens).values()) > 0.9
+
+
+def test_misses_that_had_been_guessed_are_counted() -> None:
+    predictor = Predictor(views(), embedding(), torch.float32)
+    token = many(3, 1)[0]
+    made = {(m.layer, m.distance): m for m in guesses(predictor, token)}
+    best = [guess.expert for guess in made[2, 1].guesses]
+    predictor.note_misses(2, [best[0], best[TOP_K]])  # one among the best k, one beyond
+    assert predictor.misses[(2, 1)] == [1, 2]
+
+
+# Learned heads, and when they are used
+
+
+def test_good_heads_with_figures_are_used_from_the_start(tmp_path: Path) -> None:
+    shipped = ship(tmp_path, heads_that_reuse(), reuse=0.5, learned=0.9)
+    predictor = learner(shipped=shipped)
+    assert predictor.notices == ()
+    assert all(slot.shadow.learned_on for slot in predictor.slots)
+    tokens = list(islice(stream(4, noise=0.0), 20))
+    assert min(recalls(predictor, tokens).values()) > 0.97
+
+
+def test_a_bad_head_with_honest_figures_is_never_used(tmp_path: Path) -> None:
+    shipped = ship(tmp_path, heads_that_reuse(0.0, noise=1.0), reuse=0.8, learned=0.3)
+    predictor = learner(shipped=shipped)
+    plain = Predictor(views(), embedding(), torch.float32)
+    tokens = many(6, 100)
+    for token in tokens:
+        assert guesses(predictor, token) == guesses(plain, token) or not any(
+            slot.shadow.learned_on for slot in predictor.slots
+        )
+    predictor.improve(0.0)
+    assert not any(slot.shadow.learned_on for slot in predictor.slots)
+
+
+def test_a_bad_head_that_claims_to_be_good_is_switched_off_by_live_tokens(tmp_path: Path) -> None:
+    shipped = ship(tmp_path, heads_that_reuse(0.0, noise=1.0), reuse=0.2, learned=0.9)
+    predictor = learner(shipped=shipped)
+    assert all(slot.shadow.learned_on for slot in predictor.slots)
+    tokens = many(6, 300)
+    before = recalls(predictor, tokens)
+    predictor.improve(0.0)
+    assert not any(slot.shadow.learned_on for slot in predictor.slots)
+    after = recalls(predictor, many(7, 100))
+    assert after[1] > before[1] + 0.2
+
+
+def test_a_head_without_evidence_waits_for_live_tokens(tmp_path: Path) -> None:
+    """The shadow knows what the head would have guessed although it was never used."""
+    lean = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(8)) * 4
+    shipped = ship(tmp_path, heads_that_reuse(lean=lean), reuse=0.0, learned=0.0)
+    facts = json.loads((shipped / "predictor.json").read_text()) | {"slots": []}
+    predictor_files.write(shipped, "predictor", heads_that_reuse(lean=lean).tensors(), facts)
+    predictor = learner(shipped=shipped)
+    assert predictor.heads is not None
+    assert not any(slot.shadow.learned_on for slot in predictor.slots)
+    for token in many(6, 20, bias=lean):
+        guesses(predictor, token)
+    predictor.improve(0.0)
+    assert not any(slot.shadow.learned_on for slot in predictor.slots)  # too few yet
+    for token in many(7, 200, bias=lean):
+        guesses(predictor, token)
+    predictor.improve(0.0)
+    assert all(slot.shadow.learned_on for slot in predictor.slots)
+
+
+def test_some_slots_learned_and_others_reused_give_each_its_own_guesses(tmp_path: Path) -> None:
+    shipped = ship(tmp_path, heads_that_reuse(scale=-1.0), reuse=0.5, learned=0.9)
+    predictor = learner(shipped=shipped)
+    for slot in predictor.slots:
+        slot.shadow.learned_on = slot.distance == 2
+    predictor.rebuild()
+    plain = Predictor(views(), embedding(), torch.float32)
+    token = list(islice(stream(4, noise=0.0), 1))[0]
+    mixed = {(m.layer, m.distance): m for m in guesses(predictor, token)}
+    for made in guesses(plain, token):
+        mine = {g.expert for g in mixed[made.layer, made.distance].guesses[:TOP_K]}
+        reused = {g.expert for g in made.guesses[:TOP_K]}
+        assert (mine == reused) == (made.distance == 1)
+
+
+# Learning from live tokens
+
+
+def test_the_online_form_learns_a_shifted_world() -> None:
+    generator = torch.Generator().manual_seed(8)
+    bias = torch.randn(EXPERTS, generator=generator) * 4
+    left, right = (torch.randn(HIDDEN, 2, generator=generator) for _ in range(2))
+    shift = left @ right.T / HIDDEN * 1.5
+    predictor, plain = learner(), Predictor(views(), embedding(), torch.float32)
+    fresh = many(100, 150, shift=shift, bias=bias)
+    before = recalls(plain, fresh)
+    for answer in range(4):
+        for token in many(200 + answer, 120, shift=shift, bias=bias):
+            guesses(predictor, token)
+        predictor.improve(20.0)
+    after = recalls(predictor, fresh)
+    assert after[1] > before[1] + 0.05
+    assert after[2] > before[2] + 0.05
+    assert predictor.weight_bytes <= plain.weight_bytes * 1.1  # it is folded, not added
+
+
+def test_in_a_world_that_is_as_it_was_nothing_gets_worse() -> None:
+    predictor, plain = learner(), Predictor(views(), embedding(), torch.float32)
+    for token in many(300, 250):
+        guesses(predictor, token)
+    predictor.improve(20.0)
+    fresh = many(301, 150)
+    before, after = recalls(plain, fresh), recalls(predictor, fresh)
+    assert all(after[d] > before[d] - 0.02 for d in (1, 2))
+
+
+def test_probabilities_become_true_shares() -> None:
+    predictor = learner()
+    for token in many(400, 400):
+        guesses(predictor, token)
+    predictor.improve(0.0)
+    told, true, count = 0.0, 0, 0
+    for token in many(401, 200):
+        for made in guesses(predictor, token):
+            wanted = set(token.chosen[made.layer][0].tolist())
+            for guess in made.guesses:
+                told, count = told + guess.probability, count + 1
+                true += guess.expert in wanted
+    assert told / count == pytest.approx(true / count, abs=0.03)
+
+
+def test_nothing_is_learned_from_passes_of_many_tokens_or_from_nothing() -> None:
+    predictor = learner()
+    predictor.improve(1.0)
+    tokens = many(5, 2)
+    predictor.begin_pass(torch.cat([token.ids for token in tokens]))
+    for layer in range(LAYERS):
+        rows = [
+            torch.cat([getattr(t, n)[layer] for t in tokens])
+            for n in ("inputs", "chosen", "weights")
+        ]
+        predictor.launch(layer, *rows)
+    predictor.begin_pass(tokens[0].ids)
+    assert len(predictor.memory) == 0
+
+
+# Files
+
+
+def learned_in(folder: Path) -> LearningPredictor:
+    """A predictor that has learned something and kept it in `folder`."""
+    bias = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(8)) * 4
+    predictor = learner(folder)
+    for token in many(200, 300, bias=bias):
+        guesses(predictor, token)
+    predictor.improve(20.0)
+    assert any(slot.correction is not None for slot in predictor.slots)
+    return predictor
+
+
+def test_what_was_learned_is_there_after_a_restart_and_gone_after_a_reset(tmp_path: Path) -> None:
+    predictor, token = learned_in(tmp_path), many(9, 1)[0]
+    again = learner(tmp_path)
+    assert again.notices == ()
+    assert guesses(again, token) == guesses(predictor, token)
+    fresh = Predictor(views(), embedding(), torch.float32)
+    assert guesses(again, token) != guesses(fresh, token)
+    again.reset()
+    assert list(tmp_path.iterdir()) == []
+    assert guesses(again, token) == guesses(fresh, token)
+
+
+def only(folder: Path, suffix: str) -> Path:
+    (found,) = folder.glob(f"*{suffix}")
+    return found
+
+
+def test_damaged_foreign_and_future_files_are_ignored_with_a_reason(tmp_path: Path) -> None:
+    learned_in(tmp_path)
+    weights, facts = only(tmp_path, ".safetensors"), only(tmp_path, ".json")
+    raw, text = weights.read_bytes(), facts.read_text()
+    damages = {
+        "weights cut": lambda: weights.write_bytes(raw[:-7]),
+        "weights changed": lambda: weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])),
+        "weights gone": lambda: weights.unlink(),
+        "json cut": lambda: facts.write_text(text[:40]),
+        "json not an object": lambda: facts.write_text("[]"),
+        "json binary": lambda: facts.write_bytes(b"\xff\xfe\x00"),
+        "format": lambda: facts.write_text(text.replace('"format": 1', '"format": 99')),
+        "slots gone": lambda: facts.write_text(text.replace('"slots"', '"slits"')),
+        "other model": lambda: facts.write_text(
+            text.replace(predictor_files.fingerprint(views()), "0" * 32)
+        ),
+    }
+    token = many(9, 1)[0]
+    wanted = guesses(Predictor(views(), embedding(), torch.float32), token)
+    for name, damage in damages.items():
+        weights.write_bytes(raw)
+        facts.write_text(text)
+        damage()
+        predictor = learner(tmp_path)
+        assert len(predictor.notices) == 1, name
+        assert "ignored" in predictor.notices[0], name
+        assert guesses(predictor, token) == wanted, name
+
+
+def test_shapes_that_do_not_fit_are_ignored_even_if_the_hash_is_right(tmp_path: Path) -> None:
+    learned_in(tmp_path)
+    facts = json.loads(only(tmp_path, ".json").read_text())
+    name = only(tmp_path, ".json").stem
+    predictor_files.write(tmp_path, name, {"1.1.bias": torch.zeros(3)}, facts)
+    predictor = learner(tmp_path)
+    assert "shape" in predictor.notices[0]
+    heads = heads_that_reuse()
+    shipped = ship(tmp_path / "shipped", heads, reuse=0.5, learned=0.9)
+    facts = json.loads((shipped / "predictor.json").read_text())
+    for key, bad in (
+        ("past", heads.tables.past[:, :5]),
+        ("2.first", torch.zeros(3, 3, dtype=torch.int8)),
+        ("bias", heads.tables.bias * float("nan")),
+    ):
+        tensors = heads.tensors() | {key: bad}
+        predictor_files.write(shipped, "predictor", tensors, facts)
+        predictor = learner(shipped=shipped)
+        assert predictor.heads is None, key
+        assert len(predictor.notices) == 1, key
+    incomplete = {k: t for k, t in heads.tensors().items() if k != "1.second"}
+    predictor_files.write(shipped, "predictor", incomplete, facts)
+    assert len(learner(shipped=shipped).notices) == 1
+
+
+def test_another_models_learning_is_not_touched(tmp_path: Path) -> None:
+    learned_in(tmp_path)
+    other = learner(tmp_path, seed=5)
+    assert other.notices == ()
+    other.reset()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_survived(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    predictor = learner(blocked / "inside")
+    for token in many(200, 80):
+        guesses(predictor, token)
+    predictor.improve(1.0)
+    assert "could not be kept" in predictor.notices[0]
+
+
+def test_a_fingerprint_is_the_same_for_any_dtype_and_differs_between_models() -> None:
+    half = [
+        type(v)(v.top_k, v.weight.bfloat16(), v.bias, v.gain.bfloat16().float()) for v in views()
+    ]
+    same = [type(v)(v.top_k, v.weight.float(), v.bias, v.gain) for v in half]
+    assert predictor_files.fingerprint(half) == predictor_files.fingerprint(same)
+    assert predictor_files.fingerprint(views()) != predictor_files.fingerprint(views(5))
+
+
+def test_a_curve_is_flat_far_away_and_rises() -> None:
+    curve = Curve(2.0, -1.0)
+    assert curve.at(-1e9) == 0.0
+    assert curve.at(1e9) == pytest.approx(1.0)
+    assert curve.at(0.5) == pytest.approx(0.5)
