@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 
 from runtime.cache import CacheTable, SlotState
-from runtime.controller import OFF, Controller
 from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
-from runtime.eviction_frequency import DecayedScores
+from runtime.executor_heat import Heat
+from runtime.executor_steering import Steering
 from runtime.formats import ExpertFormat
 from runtime.kernels import ExpertMath, views
 from runtime.layer_rows import LayerRows, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
-from runtime.policy import Policy, PolicySetup
+from runtime.policy import PolicySetup
 from runtime.policy_table import make_policy
 from runtime.prediction import ExpertPredictor
 from runtime.residency import Residency
@@ -35,9 +35,6 @@ from runtime.telemetry import Counters
 from runtime.trace import LayerStep, Prediction
 from runtime.transfer import Transfer, TransferThread, virtual_transfer
 from runtime.transfer_queue import Order, Outcome, QueueState, Submit, TransferEnded
-
-HEAT_MAX = 127
-RESIDENT_BIT = 0x80
 
 
 class MoeLayer(Protocol):
@@ -94,18 +91,23 @@ class Executor:
         self._store = store
         self._observe = observe
         self._predictor = predictor
-        self._look_ahead = True
-        self._controller = Controller()
-        self._profile = profile
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
         self._host_views: dict[ExpertId, dict[str, torch.Tensor]] = {}
         self._counters = Counters()
-        chosen = self._make_policy(policy, slots)
-        layer_bytes = [layer.format.size_bytes for layer in layers]
+        setup = PolicySetup(
+            tuple(layer.experts for layer in layers),
+            max(layer.top_k for layer in layers),
+            tuple(layer.format.size_bytes for layer in layers),
+            slots,
+            Costs.of(profile),
+        )
+        chosen = make_policy(policy, setup)
         cache = CacheTable(slots, chosen.eviction)
-        self.residency = Residency(cache, chosen, layer_bytes, self._counters)
+        self.residency = Residency(cache, chosen, setup.layer_bytes, self._counters)
+        self._steering = Steering(self.residency, setup)
+        self._heat = Heat(setup.experts)
         chunk_bytes = chunk_bytes_for(profile.link_bytes_per_s.value)
         self._link = Link(device, self._slab, store.bytes_of, chunk_bytes)
         drive = virtual_transfer if virtual_clock else TransferThread
@@ -116,7 +118,6 @@ class Executor:
         self._rows: Sequence[LayerRows] = ()
         self._demands: Mapping[int, int] = {}
         self._pass_tokens = self._span = 1
-        self._heat = DecayedScores()
 
     @property
     def policy(self) -> str:
@@ -140,36 +141,26 @@ class Executor:
         Raises:
             ConfigError: there is no such policy, or it needs slots and there are none.
         """
-        chosen = self._make_policy(policy, self.slots)
-        chosen.look_ahead = self._controller.look_ahead if self._look_ahead else OFF
-        self.order(self.residency.follow(chosen).orders)
+        self.order(self._steering.follow(policy))
 
     @property
     def look_ahead(self) -> bool:
         """Whether experts are copied ahead now."""
-        policy = self.residency.policy
-        return policy.copies_ahead and policy.look_ahead > 0
+        return self._steering.looks_ahead
 
     @property
     def verdict(self) -> Verdict | None:
         """What was measured of copying ahead; None where nothing is copied ahead."""
-        return self._controller.verdict if self.residency.policy.copies_ahead else None
+        return self._steering.verdict
 
     @property
     def stall_s_by_layer(self) -> tuple[float, ...]:
         """Seconds that each layer waited for the link since the start."""
         return tuple(self.residency.stall_s_by_layer)
 
-    @property
-    def _guesses(self) -> bool:
-        return self.residency.policy.predicts and self.look_ahead
-
     def set_prediction(self, on: bool) -> None:
         """Let experts be copied ahead, or not, from the next layer on."""
-        self._look_ahead = on
-        self.residency.policy.look_ahead = self._controller.look_ahead if on else OFF
-        if not on:
-            self.order(self.residency.cancel_prefetches().orders)
+        self.order(self._steering.predict(on))
 
     def idle(self, budget_s: float) -> None:
         """Let the predictor learn for up to `budget_s`, while nothing is generated."""
@@ -191,11 +182,9 @@ class Executor:
         `token_ids` are those of all rows, if known. The caller has waited for the compute stream
         since the pass before: it needed the logits.
         """
-        if self._look_ahead and self.residency.policy.copies_ahead:
-            choice = self._controller.begin_pass(self._device.now_s(), tokens, span > 1)
-            self.residency.policy.look_ahead = choice
+        self._steering.begin_pass(self._device.now_s(), tokens, span > 1)
         predictions: tuple[Prediction, ...] = ()
-        if self._predictor is not None and self._guesses and len(token_ids):
+        if self._predictor is not None and self._steering.guesses and len(token_ids):
             began_s = time.perf_counter()
             ids = torch.tensor(token_ids, device=self._device.torch_device)
             predictions = self._predictor.begin_pass(ids).read()
@@ -215,15 +204,7 @@ class Executor:
 
     def heat(self) -> bytes:
         """Return one byte per (layer, expert): bit 7 in a slot, the rest how hot, 0 to 127."""
-        width = max(layer.experts for layer in self._layers)
-        picture = bytearray(len(self._layers) * width)
-        for number, layer in enumerate(self._layers):
-            for expert in range(layer.experts):
-                score = self._heat.score(ExpertId(number, expert), self.residency.token)
-                picture[number * width + expert] = min(HEAT_MAX, int(score * 24))
-        for layer_number, expert in self.residency.cache.experts():
-            picture[layer_number * width + expert] |= RESIDENT_BIT
-        return bytes(picture)
+        return self._heat.picture(self.residency.cache.experts(), self.residency.token)
 
     def run(
         self,
@@ -254,7 +235,7 @@ class Executor:
         computed and added up on their own, so it gets bit for bit what it would get alone.
         """
         tokens = sum(part.hidden_states.shape[0] for part in parts)
-        predictor = self._predictor if self._guesses else None
+        predictor = self._predictor if self._steering.guesses else None
         began_s = time.perf_counter()
         pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
         launched_s = time.perf_counter()
@@ -268,8 +249,7 @@ class Executor:
         )
         if predictor is not None:
             self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
-        for expert in step.demands:
-            self._heat.use(ExpertId(layer, expert), self.residency.token, 1.0)
+        self._heat.use(layer, step.demands, self.residency.token)
         if self._observe is not None:
             self._observe(layer, step)
         self._device.begin_layer(tokens, 0 if predictor is None else predictor.weight_bytes)
@@ -359,19 +339,6 @@ class Executor:
             known = views(self._slab[slot, : layout.size_bytes], layout)
             self._slot_views[key] = known
         return known
-
-    def _make_policy(self, name: str, slots: int) -> Policy:
-        layers = self._layers
-        return make_policy(
-            name,
-            PolicySetup(
-                tuple(layer.experts for layer in layers),
-                max(layer.top_k for layer in layers),
-                tuple(layer.format.size_bytes for layer in layers),
-                slots,
-                Costs.of(self._profile),
-            ),
-        )
 
 
 def _united(rows: Sequence[LayerRows]) -> Mapping[int, int]:

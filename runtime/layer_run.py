@@ -11,7 +11,8 @@ from typing import Protocol
 
 from runtime.core import ExpertId
 from runtime.policy import Moment
-from runtime.residency import Residency, Steps
+from runtime.residency import Residency
+from runtime.residency_layer import Steps
 from runtime.trace import LayerStep, Prediction
 from runtime.transfer_queue import Order, QueueState, TransferEnded
 

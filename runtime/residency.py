@@ -8,13 +8,13 @@ chooses; here the books are kept.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from runtime.cache import CacheTable, Slot, SlotState
+from runtime.cache import CacheTable, SlotState
 from runtime.core import ExpertId
 from runtime.policy import Moment, Policy, Routed, Wish
+from runtime.residency_books import Books
+from runtime.residency_layer import OpenLayer, Steps
 from runtime.scheduler import Miss
 from runtime.telemetry import Counters
 from runtime.trace import LayerStep, Prediction
@@ -30,32 +30,6 @@ from runtime.transfer_queue import (
 )
 
 COPY_ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a driver does next: first the orders, so that the link starts, then the computing."""
-
-    orders: tuple[Order, ...] = ()
-    compute: tuple[tuple[ExpertId, int], ...] = ()
-    cpu: tuple[ExpertId, ...] = ()
-
-
-@dataclass
-class _OpenLayer:
-    """The layer being served: who still waits for a slot, for its bytes, or to be computed.
-
-    `along` came with the layer although nobody asked for it; it is waited for, not computed.
-    """
-
-    layer: int
-    for_slot: deque[ExpertId] = field(default_factory=deque)
-    for_bytes: set[ExpertId] = field(default_factory=set)
-    to_compute: set[ExpertId] = field(default_factory=set)
-    along: set[ExpertId] = field(default_factory=set)
-    late: set[ExpertId] = field(default_factory=set)
-    attempts: dict[ExpertId, int] = field(default_factory=dict)
-    held: bool = False
 
 
 class Residency:
@@ -74,10 +48,10 @@ class Residency:
         self.counters = counters
         self.token = 0.0
         self.prompt = False
+        self.books = Books(counters)
         self.stall_s_by_layer = [0.0] * len(layer_bytes)
         self._layer_bytes = tuple(layer_bytes)
-        self._open: _OpenLayer | None = None
-        self._expected: dict[int, set[int]] = {}
+        self._open: OpenLayer | None = None
         self._ordered_s: dict[ExpertId, float] = {}
         self._seen_s = self._landed_s = 0.0
 
@@ -99,7 +73,7 @@ class Residency:
         """Note that a forward pass starts, `span` tokens after the one before."""
         self.counters.forward_passes += 1
         self.token += span
-        self._expect(predictions)
+        self.books.expect(predictions)
         return self._prefetch(self.policy.begin_pass(predictions, moment), moment, 0)
 
     def holds(self, expert: ExpertId) -> bool:
@@ -113,13 +87,13 @@ class Residency:
         no byte is on the link yet makes its expert a miss like any other.
         """
         assert self._open is None, f"layer {self._open} is still open"
-        opened = self._open = _OpenLayer(layer)
+        opened = self._open = OpenLayer(layer)
         self._seen_s = moment.now_s
         hits: list[tuple[ExpertId, int]] = []
         hit: list[Miss] = []
         coming: list[Miss] = []
         misses: list[Miss] = []
-        expected = self._expected.pop(layer, set())
+        expected = self.books.expected(layer)
         for number, tokens in step.demands.items():
             expert = ExpertId(layer, number)
             weight = 1.0 if step.recency is None else step.recency.get(number, 0.0)
@@ -129,7 +103,7 @@ class Residency:
                 slot = self.cache.slot(slot_number)
                 if slot.state is SlotState.READY:
                     self.cache.pin(slot_number)
-                    self._count_hit(slot, number in expected)
+                    self.books.hit(slot, number in expected)
                     opened.to_compute.add(expert)
                     hits.append((expert, slot_number))
                     hit.append(Miss(number, tokens))
@@ -138,7 +112,7 @@ class Residency:
             started = slot_number is not None and expert not in moment.queue.unstarted
             (coming if started else misses).append(Miss(number, tokens))
         self.counters.routed += len(step.demands)
-        self._expect(step.predictions)
+        self.books.expect(step.predictions)
         routed = Routed(layer, tuple(hit), tuple(coming), tuple(misses))
         plan = self.policy.place(routed, moment)
         orders: list[Order] = []
@@ -194,11 +168,7 @@ class Residency:
         needed = self._open is not None and event.expert in self._open.for_bytes
         if event.outcome is Outcome.LANDED:
             return self._landed(event, needed)
-        if event.outcome is Outcome.CANCELLED:
-            self.counters.link_bytes_cancelled += event.issued_bytes
-        else:
-            self.counters.link_bytes_failed += event.issued_bytes
-            self.counters.copies_failed += 1
+        self.books.lost(event)
         if needed:
             self.cache.unpin(event.slot)
         self.cache.release(event.slot)
@@ -234,14 +204,8 @@ class Residency:
     def resize(self, slots: int) -> Steps:
         """Use only `slots` of the allocated slots from now on."""
         for evicted in self.cache.resize(slots):
-            self._count_eviction(evicted)
+            self.books.evicted(evicted)
         return Steps(self._fill_slots())
-
-    def _expect(self, predictions: Sequence[Prediction]) -> None:
-        """Remember who was predicted, to say later which misses could have been foreseen."""
-        for prediction in predictions:
-            named = self._expected.setdefault(prediction.layer, set())
-            named.update(guess.expert for guess in prediction.guesses)
 
     def _prefetch(self, wishes: Sequence[Wish], moment: Moment, layer: int) -> Steps:
         """Start copying wishes, as far as slots can be had from those worth less."""
@@ -296,20 +260,13 @@ class Residency:
         if needed:
             assert self._open is not None
             self._open.for_bytes.discard(event.expert)
-            if slot.unused_prefetch_bytes:
-                slot.unused_prefetch_bytes = 0
-                self.counters.link_bytes_prefetch_late += event.issued_bytes
-                self.counters.prefetches_used += 1
-            else:
-                self.counters.link_bytes_on_demand += event.issued_bytes
+            self.books.awaited(slot, event)
             if event.expert in self._open.along:
                 self._unpin(event.expert)
                 return Steps(self._fill_slots())
             self._open.to_compute.add(event.expert)
             return Steps((), ((event.expert, event.slot),))
-        if not slot.unused_prefetch_bytes:
-            # Asked for on demand by a layer that was abandoned: it moved for that demand.
-            self.counters.link_bytes_on_demand += event.issued_bytes
+        self.books.unawaited(slot, event)
         self._trim()
         return Steps(self._fill_slots())
 
@@ -344,6 +301,9 @@ class Residency:
                 victim = self.cache.victim(self.token, opened.layer, self.policy.protects)
                 victim = victim or self.cache.victim(self.token, opened.layer)
                 if victim is None:
+                    # Copies that nobody waits for, held perhaps, must not keep a demand waiting.
+                    given_up = self.cache.unawaited()[: len(opened.for_slot)]
+                    orders.extend(Cancel(each) for each in given_up)
                     break
             opened.for_slot.popleft()
             opened.for_bytes.add(expert)
@@ -357,7 +317,7 @@ class Residency:
     def _reserve(self, expert: ExpertId, victim: ExpertId | None, *, prefetched: bool) -> int:
         number, evicted = self.cache.reserve(expert, victim, self.token, prefetched=prefetched)
         if evicted is not None:
-            self._count_eviction(evicted)
+            self.books.evicted(evicted)
         return number
 
     def _to_cpu(self, experts: list[ExpertId]) -> tuple[ExpertId, ...]:
@@ -372,18 +332,4 @@ class Residency:
 
     def _trim(self) -> None:
         for evicted in self.cache.trim():
-            self._count_eviction(evicted)
-
-    def _count_hit(self, slot: Slot, expected: bool) -> None:
-        if slot.unused_prefetch_bytes:
-            self.counters.served_prefetch_in_time += 1
-            self.counters.link_bytes_prefetch_used += slot.unused_prefetch_bytes
-            self.counters.prefetches_used += 1
-            self.counters.misses_predicted += expected
-            slot.unused_prefetch_bytes = 0
-        else:
-            self.counters.served_resident += 1
-
-    def _count_eviction(self, victim: Slot) -> None:
-        self.counters.evictions += 1
-        self.counters.link_bytes_prefetch_wasted += victim.unused_prefetch_bytes
+            self.books.evicted(evicted)

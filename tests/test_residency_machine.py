@@ -34,7 +34,9 @@ from runtime.link import Link
 from runtime.policy import Moment, Policy, PolicySetup, Reactive, Routed, Wish
 from runtime.policy_moe_infinity import MoeInfinity
 from runtime.policy_prescope import PreScope
-from runtime.residency import Residency, Steps
+from runtime.residency import Residency
+from runtime.residency_books import Books
+from runtime.residency_layer import Steps
 from runtime.scheduler import Costs, MissPlan
 from runtime.telemetry import Counters
 from runtime.trace import Guess, LayerStep, Prediction
@@ -342,7 +344,7 @@ def leaks_on_failure(self: Residency, event: Any) -> Steps:
     return ORIGINAL_ENDED(self, event)
 
 
-def loses_waste(self: Residency, victim: Slot) -> None:
+def loses_waste(self: Books, victim: Slot) -> None:
     self.counters.evictions += 1
 
 
@@ -388,7 +390,7 @@ PLANTED_BUGS = {
     "no write-after-read wait": (EmulatedDevice, "wait", no_wait_before_writing),
     "a pinned slot is evicted": (CacheTable, "victim", evicts_pinned),
     "a failed copy leaks its slot": (Residency, "ended", leaks_on_failure),
-    "wasted prefetches are not counted": (Residency, "_count_eviction", loses_waste),
+    "wasted prefetches are not counted": (Books, "evicted", loses_waste),
     "shrinking keeps the slots": (CacheTable, "trim", shrinks_nothing),
     "a slot is freed twice": (CacheTable, "release", frees_twice),
     "a staging buffer is reused too early": (EmulatedDevice, "synchronize", reuses_staging),
