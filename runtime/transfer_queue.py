@@ -106,7 +106,6 @@ class QueueState:
 @dataclass
 class _Transfer:
     order: Submit
-    age: int
     submitted_s: float
     demanded: bool
     issued_bytes: int = 0
@@ -122,7 +121,6 @@ class TransferQueue:
         assert chunk_bytes > 0, chunk_bytes
         self._chunk_bytes = chunk_bytes
         self._transfers: dict[ExpertId, _Transfer] = {}
-        self._ages = 0
         self._in_flight = 0
         self._held = False
         self._resumed_s = 0.0
@@ -179,9 +177,8 @@ class TransferQueue:
                 known.demanded |= order.cause is Cause.DEMAND
                 known.cancelled = False
                 return None
-            self._ages += 1
             demanded = order.cause is Cause.DEMAND
-            self._transfers[order.expert] = _Transfer(order, self._ages, now_s, demanded)
+            self._transfers[order.expert] = _Transfer(order, now_s, demanded)
             return None
         if isinstance(order, Hold):
             self._held = order.on
@@ -203,14 +200,9 @@ class TransferQueue:
         """Issue the most urgent chunk, or return None if nothing may be issued now."""
         if self._in_flight >= CHUNKS_IN_FLIGHT:
             return None
-        waiting = [
-            t
-            for t in self._transfers.values()
-            if t.issued_bytes < t.order.size_bytes and not (t.cancelled or t.failed)
-        ]
-        if not waiting:
+        transfer = self._most_urgent()
+        if transfer is None:
             return None
-        transfer = min(waiting, key=_urgency)
         if not transfer.demanded and (self._held or self._in_flight >= PREFETCHES_IN_FLIGHT):
             return None
         offset = transfer.issued_bytes
@@ -230,6 +222,20 @@ class TransferQueue:
             first=offset == 0,
             last=transfer.issued_bytes == transfer.order.size_bytes,
         )
+
+    def _most_urgent(self) -> _Transfer | None:
+        """Return the oldest demand, else the prefetch with the earliest deadline."""
+        found = None
+        for transfer in self._transfers.values():  # oldest first
+            if transfer.issued_bytes == transfer.order.size_bytes:
+                continue
+            if transfer.cancelled or transfer.failed:
+                continue
+            if transfer.demanded:
+                return transfer
+            if found is None or transfer.order.deadline_s < found.order.deadline_s:
+                found = transfer
+        return found
 
     def landed(self, chunk: Chunk, at_s: float) -> TransferEnded | None:
         """Note that a chunk arrived; return its transfer if that ends it."""
@@ -260,9 +266,3 @@ class TransferQueue:
         order = transfer.order
         del self._transfers[order.expert]
         return TransferEnded(order.expert, order.slot, outcome, transfer.issued_bytes, at_s)
-
-
-def _urgency(transfer: _Transfer) -> tuple[bool, float, int]:
-    if transfer.demanded:
-        return False, 0.0, transfer.age
-    return True, transfer.order.deadline_s, transfer.age
