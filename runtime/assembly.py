@@ -7,22 +7,30 @@ before torch is read from disk.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runtime.config import DEFAULT_MODEL, model_folder, model_name
+from runtime.config import DEFAULT_MODEL, data_dir, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
 from runtime.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from runtime.core import HardwareProfile, PolicyName
     from runtime.engine import Engine
+    from runtime.loader import LoadedModel
+    from runtime.predictor_open import LearningPredictor
 
-DEFAULT_POLICY: PolicyName = "hybrid"
+DEFAULT_POLICY: PolicyName = "prescope"
+PREDICTORS_FOLDER = "predictors"
+
+log = logging.getLogger("prescope.assembly")
 
 
 def assemble(
@@ -83,6 +91,8 @@ def assemble(
             )
         # Without a card there are no slots, and only one thing can be done.
         policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
+        # Figures of a virtual clock must not depend on what this machine learned.
+        learned = None if virtual_clock else data_dir() / PREDICTORS_FOLDER
         executor = Executor(
             device,
             loaded.layers,
@@ -91,6 +101,7 @@ def assemble(
             plan.slots,
             policy,
             virtual_clock=virtual_clock,
+            predictor=_predictor(loaded, folder, learned) if plan.slots else None,
         )
         undo.pop_all()
 
@@ -121,6 +132,23 @@ def assemble(
     attach(loaded.layers, engine.experts)
     engine.announce()
     return engine
+
+
+def _predictor(loaded: LoadedModel, folder: Path, learned: Path | None) -> LearningPredictor:
+    """Return a predictor for a loaded model: its own routers, what ships with it, what was
+    learned here before. Files that cannot be used are named in the log."""
+    from runtime.adapter_routers import survey_routers
+    from runtime.predictor_open import LearningPredictor
+
+    survey = survey_routers(loaded.model, loaded.layers)
+    for layer, reason in enumerate(survey.reasons):
+        if reason:
+            log.info("layer %d is not foreseen by its router: %s", layer, reason)
+    dtype = next(loaded.model.parameters()).dtype
+    predictor = LearningPredictor(survey.views, survey.embedding, dtype, folder, learned)
+    for notice in predictor.notices:
+        log.warning("%s", notice)
+    return predictor
 
 
 def profile_for(request: LoadRequest) -> HardwareProfile:
