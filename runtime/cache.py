@@ -58,6 +58,12 @@ class CacheTable:
     def free_slots(self) -> int:
         return len(self._free)
 
+    @property
+    def unused_prefetch_bytes(self) -> int:
+        """Bytes of prefetched experts that landed and wait for their first use."""
+        ready = SlotState.READY
+        return sum(slot.unused_prefetch_bytes for slot in self._slots if slot.state is ready)
+
     def slot(self, number: int) -> Slot:
         return self._slots[number]
 

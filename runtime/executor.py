@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from runtime.cache import CacheTable, SlotState
+from runtime.cache import CacheTable
 from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
 from runtime.executor_heat import Heat
@@ -63,7 +63,9 @@ class RoutedTokens:
     top_k_weights: torch.Tensor
 
 
+BEFORE_LAYERS = -1
 Observe = Callable[[int, LayerStep], None]
+"""Told of every layer; and of `BEFORE_LAYERS` with the guesses that a pass begins with."""
 
 
 class Executor:
@@ -117,7 +119,7 @@ class Executor:
         self._closing.callback(self._transfer.close)
         self._rows: Sequence[LayerRows] = ()
         self._demands: Mapping[int, int] = {}
-        self._pass_tokens = self._span = 1
+        self._span = 1
 
     @property
     def policy(self) -> str:
@@ -189,16 +191,17 @@ class Executor:
             ids = torch.tensor(token_ids, device=self._device.torch_device)
             predictions = self._predictor.begin_pass(ids).read()
             self._counters.predictor_s += time.perf_counter() - began_s
-        self._pass_tokens, self._span = tokens, span
+        if self._observe is not None:
+            self._observe(BEFORE_LAYERS, LayerStep({}, predictions))
+        self._span = span
         begin_pass(self.residency, self, tokens, span, predictions)
 
     def counters(self) -> Counters:
         """Return a copy of the counters in which the bytes over the link close."""
         counters = self._counters.copy()
         counters.link_bytes_issued = self._transfer.issued_bytes
-        unused = (self.residency.cache.slot(n) for n in range(self._slab.shape[0]))
-        waiting = sum(s.unused_prefetch_bytes for s in unused if s.state is SlotState.READY)
-        counters.link_bytes_pending = self._transfer.pending_bytes + waiting
+        unused_bytes = self.residency.cache.unused_prefetch_bytes
+        counters.link_bytes_pending = self._transfer.pending_bytes + unused_bytes
         counters.link_busy_s = self._transfer.busy_s
         return counters
 

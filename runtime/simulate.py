@@ -79,7 +79,8 @@ def simulate(
     for number, forward in enumerate(passes):
         ports.timeline.wait_for_compute()
         if number == warm_passes:
-            warm, warm_s = ports.counted(), ports.timeline.host_s
+            warm = ports.counted(residency.cache.unused_prefetch_bytes)
+            warm_s = ports.timeline.host_s
         if controller is not None and policy.copies_ahead:
             now_s, prompt = ports.timeline.host_s, forward.span > 1
             policy.look_ahead = controller.begin_pass(now_s, forward.tokens, prompt)
@@ -89,7 +90,8 @@ def simulate(
             run_layer(residency, ports, layer, forward.tokens, step)
     ports.timeline.wait_for_compute()
     stalls = tuple(residency.stall_s_by_layer)
-    return Simulated(ports.counted(), ports.timeline.host_s, warm, warm_s, stalls)
+    counted = ports.counted(residency.cache.unused_prefetch_bytes)
+    return Simulated(counted, ports.timeline.host_s, warm, warm_s, stalls)
 
 
 class _LedgerPorts:
@@ -115,11 +117,11 @@ class _LedgerPorts:
         self.timeline.layer(tokens, self._predictor_bytes)
         self._step = step
 
-    def counted(self) -> Counters:
-        """Return the counters with what the link knows."""
+    def counted(self, unused_bytes: int) -> Counters:
+        """Return the counters with what the link knows; `unused_bytes` wait for their first use."""
         counters = self._counters.copy()
         counters.link_bytes_issued = self.pump.issued_bytes
-        counters.link_bytes_pending = self.pump.pending_bytes
+        counters.link_bytes_pending = self.pump.pending_bytes + unused_bytes
         counters.link_busy_s = self.pump.busy_s
         return counters
 

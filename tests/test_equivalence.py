@@ -20,7 +20,7 @@ from runtime.device import Device
 from runtime.device_emulated import EmulatedDevice
 from runtime.device_host import HostDevice
 from runtime.errors import TransferError
-from runtime.executor import Executor
+from runtime.executor import BEFORE_LAYERS, Executor
 from runtime.kernels import ExpertMath
 from runtime.link import chunk_bytes_for
 from runtime.loader import LoadedModel, load_model
@@ -246,9 +246,10 @@ def test_engine_and_simulator_count_the_same_on_one_trace(
     spans = [PROMPT.shape[1], 1] * 3
 
     def observe(layer: int, step: LayerStep) -> None:
-        if layer == 0:
+        if layer == BEFORE_LAYERS:
             trace.append([])
-        trace[-1].append(step)
+        else:
+            trace[-1].append(step)
 
     device = EmulatedDevice(PROFILE, virtual_clock=True)
     with executing(loaded, policy, slots, device, observe) as executor:
