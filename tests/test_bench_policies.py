@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from runtime.__main__ import main
+from runtime.bench import policies_measure
+from runtime.bench.policies import ABLATIONS, tell
+from runtime.bench.policies_bound import bound_s
 from runtime.bench.policies_cells import (
     BATCHES,
     CELLS_FILE,
@@ -16,15 +30,25 @@ from runtime.bench.policies_cells import (
     PHASES,
     RESERVE_BYTES,
     RESIDENCIES,
+    Cell,
     cells_by_rule,
     fixed_cells,
     full_cells,
     machines,
     quick_cells,
 )
+from runtime.bench.policies_measure import RIVALS, CellResults, Result
 from runtime.bench.policies_models import MODELS
-from runtime.machines import CARDS, CPUS, HOST_LAYER_S, LINKS
+from runtime.bench.policies_summary import TARGETS, rows, summary, targets
+from runtime.machines import CARDS, CPUS, HOST_LAYER_S, LINKS, MACHINES, Machine
+from runtime.policy import PolicySetup
+from runtime.policy_table import make_oracle, make_policy
+from runtime.scheduler import Costs
+from runtime.simulate import simulate
+from runtime.synthetic import STATISTICS
+from runtime.trace import ForwardPass, Guess, LayerStep, Prediction
 
+TRIED = ({**RIVALS, "prescope": ({},)}).items()
 CELLS_SHA256 = "14016f3bcd4738046e277b2a2aae863431d56b98985ec282e18466ecec7c6298"
 
 
@@ -99,3 +123,230 @@ def test_full_is_an_even_sample_of_the_whole_cross() -> None:
     assert 0.7 * cross / FULL_SHARE < len(full) < 1.1 * cross / FULL_SHARE
     assert {cell.machine for cell in full} == set(machines())
     assert all(cell.fits for cell in full)
+
+
+def test_the_models_have_the_shapes_of_their_routing_statistics() -> None:
+    for name, model in MODELS.items():
+        statistics = STATISTICS[model.routing]
+        shape = (statistics.layers, statistics.experts, statistics.top_k)
+        assert (model.layers, model.experts, model.top_k) == shape, name
+        assert 4.0 < model.weight_bits <= 16.0
+        assert model.dense_bytes < model.experts_bytes
+
+
+def random_passes(draw: random.Random, layers: int, experts: int) -> list[ForwardPass]:
+    """Passes of random width and token counts, some of them prompts, guesses half right."""
+    passes = []
+    for _ in range(draw.randint(4, 14)):
+        tokens = draw.choice((1, 1, 2, 40))
+        wanted = [
+            {
+                e: draw.randint(1, tokens)
+                for e in sorted(draw.sample(range(experts), draw.randint(1, experts)))
+            }
+            for _ in range(layers)
+        ]
+
+        def guess(layer: int, distance: int, wanted: list[dict[int, int]] = wanted) -> Prediction:
+            likely = [e for e in wanted[layer] if draw.random() < 0.7] or [0]
+            return Prediction(layer, distance, tuple(Guess(e, draw.random()) for e in likely))
+
+        steps = tuple(
+            LayerStep(
+                demands,
+                tuple(guess(layer + d, d) for d in (1, 2) if layer + d < layers),
+                None if tokens < 40 else {e: float(n) for e, n in demands.items()},
+            )
+            for layer, demands in enumerate(wanted)
+        )
+        passes.append(ForwardPass(tokens, steps, (guess(0, 1),), tokens if tokens == 40 else 1))
+    return passes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9))
+def test_nothing_beats_the_bound_on_random_cells(seed: int) -> None:
+    draw = random.Random(seed)
+    layers, experts = draw.randint(1, 4), draw.randint(2, 8)
+    passes = random_passes(draw, layers, experts)
+    warm = draw.randrange(len(passes))
+    machine = Machine(
+        draw.choice(tuple(CARDS)),
+        draw.choice(tuple(LINKS)),
+        draw.choice(tuple(CPUS)),
+        draw.choice(HOST_LAYER_S),
+    )
+    profile = machine.profile(draw.choice((10**6, 10**8)), draw.choice((4.0, 16.0)))
+    sizes = (draw.choice((10**5, 3 * 10**6, 10**8)),) * layers
+    slots = draw.randint(experts, layers * experts)
+    setup = PolicySetup((experts,) * layers, 1, sizes, slots, Costs.of(profile))
+    least_s = bound_s(passes[warm:], profile, slots, sizes)
+    policies = [make_policy(name, setup, **dict(s)) for name, all_ in TRIED for s in all_]
+    for policy in (*policies, make_oracle(passes, setup)):
+        run = simulate(passes, profile, policy, slots, sizes, 250_000, warm_passes=warm)
+        assert run.measured_s >= least_s * (1 - 1e-9), (policy.name, run.measured_s, least_s)
+
+
+def test_the_bound_is_reached_where_it_can_be() -> None:
+    """All resident and no device work to speak of: host and dense time are all there is."""
+    profile = MACHINES["rtx4090"].profile()
+    passes = [ForwardPass(1, (LayerStep({0: 1}), LayerStep({1: 1})))] * 20
+    setup = PolicySetup((2, 2), 1, (1000, 1000), 4, Costs.of(profile))
+    run = simulate(
+        passes, profile, make_policy("on-demand", setup), 4, (1000, 1000), 1000, warm_passes=2
+    )
+    least_s = bound_s(passes[2:], profile, 4, (1000, 1000))
+    assert least_s == pytest.approx(run.measured_s, rel=1e-3)
+
+
+def test_the_bound_falls_with_slots_and_with_either_rail() -> None:
+    passes = random_passes(random.Random(3), 3, 8)
+    sizes = (3_000_000,) * 3
+
+    def least_s(slots: int, link: str, cpu: str) -> float:
+        profile = Machine("rtx4090", link, cpu, 20e-6).profile()
+        return bound_s(passes, profile, slots, sizes)
+
+    by_slots = [least_s(slots, "pcie4x16", "cpu55") for slots in (4, 8, 16, 24)]
+    assert by_slots == sorted(by_slots, reverse=True)
+    assert by_slots[0] > by_slots[-1]
+    assert least_s(8, "pcie3x4", "cpu55") > least_s(8, "pcie5x16", "cpu55")
+    assert least_s(8, "pcie4x16", "cpu25") > least_s(8, "pcie4x16", "cpu75")
+
+
+def made(cell: Cell, speeds: dict[str, float], busy: float = 0.2) -> CellResults:
+    """Results by hand: tokens/s by policy, all with the same share of a busy link."""
+    causes = dict.fromkeys(
+        ("on_demand", "prefetch_used", "prefetch_late", "prefetch_wasted", "cancelled", "cpu"), 1e6
+    )
+    results = {
+        name: Result(name, {}, speed, 0.1, 0.0, 0.5, causes, busy, 0.3, speed / 100.0)
+        for name, speed in speeds.items()
+    }
+    return CellResults(cell, 100.0, results)
+
+
+SPEEDS = {"layer-stream": 2.0, "on-demand": 5.0, "hybrid": 8.0, "prescope": 10.0, "oracle": 12.5}
+FAST = Machine("rtx5090", "pcie5x16", "cpu55", 20e-6)
+SLOW = Machine("rtx4090", "pcie3x16", "cpu55", 20e-6)
+CELL = Cell(FAST, MAIN_MODELS[0], 0.5, 1, "decode")
+
+
+def test_the_summary_is_the_arithmetic_of_its_cells() -> None:
+    model = MAIN_MODELS[0]
+    cells = [
+        made(Cell(FAST, model, 0.25, 1, "decode"), SPEEDS),
+        made(Cell(FAST, model, 0.25, 4, "decode"), {**SPEEDS, "prescope": 16.0}, busy=0.6),
+        made(Cell(SLOW, model, 0.25, 16, "decode"), {**SPEEDS, "prescope": 4.0}),
+        made(Cell(FAST, model, 0.25, 1, "prefill"), {**SPEEDS, "prescope": 7.9}),
+        made(Cell(FAST, model, 0.25, 64, "decode", "paper"), {**SPEEDS, "prescope": 8.0}),
+    ]
+    figures = summary(cells)
+    ratios = (10 / 8, 16 / 8, 4 / 8, 8 / 8)
+    assert figures["decode_geomean_vs_best_rival"] == pytest.approx(math.prod(ratios) ** 0.25)
+    # Slack: the link idle most of the time, and at least 0.4 of the CPU's rate.
+    assert figures["link_slack_cells"] == 2
+    slack = figures["decode_geomean_vs_best_rival_link_slack"]
+    assert slack == pytest.approx(math.sqrt(1.25 * 1.0))
+    assert figures["prefill_min_vs_best_rival"] == pytest.approx(7.9 / 8)
+    assert figures["min_vs_best_rival"] == pytest.approx(0.5)
+    assert figures["cells_below_0.98"] == 1 + 0
+    assert figures["decode_geomean_vs_on_demand"] == pytest.approx(
+        math.prod((10 / 5, 16 / 5, 4 / 5, 8 / 5)) ** 0.25
+    )
+    assert figures["decode_geomean_vs_oracle"] == pytest.approx(
+        math.prod((10 / 12.5, 16 / 12.5, 4 / 12.5, 8 / 12.5)) ** 0.25
+    )
+    assert figures["throughput_vs_layer_stream_paper_setting"] == pytest.approx(4.0)
+    assert figures["latency_cut_paper_setting"] == pytest.approx(0.75)
+    met = {target["figure"]: target["met"] for target in targets(figures)}
+    assert met["min_vs_best_rival"] is False
+    assert met["latency_cut_paper_setting"] is True
+    assert met["prefill_min_vs_best_rival"] is True
+    nothing = targets(summary(cells[3:4]))
+    assert {t["figure"] for t in nothing if t["met"] is None} >= {"decode_geomean_vs_oracle"}
+
+
+def test_a_rival_is_compared_with_the_others_and_the_oracle_with_rivals() -> None:
+    told = {row["policy"]: row for row in rows([made(CELL, SPEEDS)])}
+    assert told["prescope"]["ratio_to_best_rival"] == pytest.approx(10 / 8)
+    assert told["hybrid"]["ratio_to_best_rival"] == pytest.approx(8 / 5)
+    assert told["on-demand"]["ratio_to_best_rival"] == pytest.approx(5 / 8)
+    assert told["oracle"]["ratio_to_best_rival"] == pytest.approx(12.5 / 8)
+    assert told["prescope"]["ratio_to_oracle"] == pytest.approx(0.8)
+    assert told["prescope"]["ratio_to_bound"] == pytest.approx(0.1)
+
+
+NAMED_BY_THE_ISSUE = {
+    "machine",
+    "model",
+    "residency",
+    "batch",
+    "phase",
+    "policy",
+    "tokens_per_s",
+    "stall_s",
+    "hit_rate",
+    "bytes_by_cause",
+    "ratio_to_oracle",
+    "ratio_to_best_rival",
+    "ratio_to_bound",
+}
+SUMMARISED = {
+    "decode_geomean_vs_best_rival",
+    "decode_geomean_vs_best_rival_link_slack",
+    "prefill_min_vs_best_rival",
+    "min_vs_best_rival",
+    "decode_geomean_vs_oracle",
+    "decode_geomean_vs_on_demand",
+    "throughput_vs_layer_stream_paper_setting",
+    "latency_cut_paper_setting",
+}
+
+
+def bench(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["bench", "policies", "--quick", "--json", *arguments]) == 0
+    result: dict[str, Any] = json.loads(capfd.readouterr().out)
+    return result
+
+
+def test_two_quick_cells_run_end_to_end_whatever_the_processes(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "policies.png"
+    alone = bench(capfd, "--cells", "2", "--jobs", "1", "--plot", str(picture))
+    assert bench(capfd, "--cells", "2", "--jobs", "2") == alone
+    policies = {*RIVALS, "prescope", "oracle"}
+    assert len(alone["cells"]) == 2 * len(policies)
+    assert {row["policy"] for row in alone["cells"]} == policies
+    for row in alone["cells"]:
+        assert set(row) >= NAMED_BY_THE_ISSUE
+        assert 0.0 < row["ratio_to_bound"] <= 1.0
+        assert row["tokens_per_s"] > 0.0
+    assert set(alone["summary"]) >= SUMMARISED
+    assert [t["figure"] for t in alone["targets"]] == [t.figure for t in TARGETS]
+    text = tell(alone)
+    assert "min_vs_best_rival" in text
+    assert all(policy in text for policy in policies)
+    with Image.open(picture) as image:
+        assert image.size[0] == 1600
+        assert len(image.getcolors(10**6) or ()) > 10
+
+
+def test_an_ablation_compares_the_policy_with_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    result = bench(capfd, "--cells", "1", "--jobs", "1", "--ablate")
+    assert set(result["ablation"]) == set(ABLATIONS)
+    for part in result["ablation"].values():
+        assert 0.0 < part["min"] <= part["max"]
+        assert part["decode_geomean"] or part["prefill_geomean"]
+    assert all(name in tell(result) for name in ABLATIONS)
+
+
+def test_a_policy_that_beats_the_bound_stops_the_bench(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies_measure, "bound_s", lambda *given: 1e6)
+    assert main(["bench", "policies", "--quick", "--cells", "1", "--jobs", "1", "--json"]) == 1
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert error["type"] == "BoundError"
+    assert "layer-stream" in error["message"]

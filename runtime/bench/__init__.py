@@ -8,4 +8,6 @@ from __future__ import annotations
 
 SUITES = {
     "overhead": "tokens/s of our decoding loop as a ratio to transformers' own generate",
+    "predictor": "how well the next layers' experts are guessed on held-out chats",
+    "policies": "every policy on the same simulated machines and models, beside a bound on time",
 }

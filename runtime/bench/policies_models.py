@@ -23,6 +23,7 @@ class BenchModel:
     layers: int
     experts: int
     top_k: int
+    hidden: int
     expert_weights: int
     expert_bytes: int
     dense_bytes: int
@@ -34,6 +35,11 @@ class BenchModel:
     @property
     def layer_dense_bytes(self) -> int:
         return self.dense_bytes // self.layers
+
+    @property
+    def lookahead_bytes(self) -> int:
+        """What a layer reads to guess two layers' experts: their routers, in 16 bits."""
+        return 2 * 2 * self.experts * self.hidden
 
     @property
     def experts_bytes(self) -> int:
@@ -54,7 +60,7 @@ def _model(
     weights = 3 * hidden * intermediate
     size = int(2 * weights if expert_bytes is None else expert_bytes)
     dense_bytes = int(dense_weights * dense_bytes_per_weight)
-    return BenchModel(routing, *shape, weights, size, dense_bytes)
+    return BenchModel(routing, *shape, hidden, weights, size, dense_bytes)
 
 
 _QWEN3 = ("Qwen3-30B-A3B", (48, 128, 8), (2048, 768))

@@ -1,0 +1,115 @@
+"""The chats that a cell of `bench policies` replays, from the statistics of its model's routing.
+
+A run is a short session. An earlier chat fills the caches, then the measured one begins with its
+prompt. Decode cells measure tokens after that prompt and a few more; prefill cells measure two
+chunks of the prompt itself, with the slots as the earlier chat left them. Only a model's first
+layers are generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from runtime.activation_tracing import CAPACITY, MoeInfinityTracer
+from runtime.activation_tracing_collection import Collection
+from runtime.bench.policies_cells import Cell
+from runtime.bench.policies_models import MODELS
+from runtime.synthetic import STATISTICS, synthetic_trace
+from runtime.trace import ForwardPass
+
+SIMULATED_LAYERS = 12
+EARLIER_SEED, MEASURED_SEED = 1, 2
+PROMPT_TOKENS_PER_PASS = 2048
+PROMPT_CHUNK = 512
+DECODE_PROMPT_TOKENS = 512
+PREFILL_CHUNKS = 2
+
+COLLECTED_SEED = 1000
+COLLECTED = {1: 24, 4: 16, 16: 8, 64: 8}
+"""Finished requests, or batches of them, that MoE-Infinity has seen, by batch."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Passes of a session: the earlier chat's, and the measured one's before and while measured."""
+
+    earlier: int
+    settling: int
+    measured: int
+
+
+LENGTHS = {
+    1: Lengths(32, 16, 64),
+    4: Lengths(16, 12, 40),
+    16: Lengths(12, 8, 24),
+    64: Lengths(8, 4, 12),
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one cell replays: all passes, of which the first `warm` are not measured."""
+
+    passes: tuple[ForwardPass, ...]
+    warm: int
+    experts: tuple[int, ...]
+    top_k: int
+
+    @property
+    def measured(self) -> tuple[ForwardPass, ...]:
+        return self.passes[self.warm :]
+
+
+def session_of(cell: Cell) -> Session:
+    """Generate the chats of a cell."""
+    statistics = STATISTICS[MODELS[cell.model].routing]
+    lengths = LENGTHS[cell.batch]
+    layers = min(SIMULATED_LAYERS, statistics.layers)
+    earlier = synthetic_trace(
+        statistics, seed=EARLIER_SEED, passes=lengths.earlier, batch=cell.batch, layers=layers
+    )
+    if cell.phase == "decode":
+        prompt = max(1, DECODE_PROMPT_TOKENS // cell.batch)
+        chunk, decoded = prompt, lengths.settling + lengths.measured
+    else:
+        chunk = min(PROMPT_CHUNK, PROMPT_TOKENS_PER_PASS // cell.batch)
+        prompt, decoded = PREFILL_CHUNKS * chunk, 0
+    measured = synthetic_trace(
+        statistics,
+        seed=MEASURED_SEED,
+        passes=decoded,
+        batch=cell.batch,
+        prompt_tokens=prompt,
+        prompt_chunk=chunk,
+        layers=layers,
+    )
+    passes = (*earlier.passes, *measured.passes)
+    count = lengths.measured if cell.phase == "decode" else PREFILL_CHUNKS
+    return Session(passes, len(passes) - count, measured.experts, measured.top_k)
+
+
+@lru_cache(maxsize=32)
+def collected(routing: str, batch: int) -> Collection:
+    """Return MoE-Infinity's collection after other chats with the same model."""
+    statistics = STATISTICS[routing]
+    layers = min(SIMULATED_LAYERS, statistics.layers)
+    collection = Collection(2 * layers, statistics.experts, CAPACITY)
+    tracer = MoeInfinityTracer(layers, statistics.experts, collection=collection)
+    for number in range(COLLECTED[batch]):
+        chat = synthetic_trace(
+            statistics,
+            seed=COLLECTED_SEED + number,
+            passes=LENGTHS[batch].measured,
+            batch=batch,
+            prompt_tokens=max(1, DECODE_PROMPT_TOKENS // batch),
+            layers=layers,
+            predictions=False,
+        )
+        tracer.begin_request()
+        for forward in chat.passes:
+            tracer.begin_pass(prompt=forward.span > 1)
+            for layer, step in enumerate(forward.layers):
+                tracer.routed(layer, step.demands)
+        tracer.end_request()
+    return collection
