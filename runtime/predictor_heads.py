@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 INT8_MAX = 127
+_TABLE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        """Bytes as stored, one per value."""
+        return self.values.numel() + self.scales.numel() * 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Head:
     def dense_bytes(self) -> int:
         """Bytes read at every use, whatever the token."""
         parts = (self.first, self.second, self.gate, self.inner)
-        return self.compress.nbytes + sum(part.nbytes for part in parts if part is not None)
+        return self.compress.numel() + sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,17 @@ class Heads:
         width = self.tables.bias.shape[1]
         layers = len(self.places)
         rows = layers + 1 + layers * self.top_k * 2 + (layers - 1) * self.top_k
-        row_bytes = width * self.tables.token.element_size()
+        row_bytes = width * _TABLE_BYTES
         return sum(head.dense_bytes for head in self.places) + rows * row_bytes
 
     def to(self, device: torch.device) -> Heads:
-        """Return the same heads on `device`."""
+        """Return the same heads on `device`. A CPU gets them widened, once for all.
+
+        There widening at every use would cost more than reading four bytes does.
+        """
         tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        if device.type == "cpu":
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
         return heads_from(tensors, len(self.places), self.top_k, self.tables.half_life_tokens)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -78,7 +78,12 @@ def write(
         "held_out": {
             "mean_recall_at_k": means(unseen),
             "slots": [
-                {k: v for k, v in describe(slot).items() if k.endswith(("r", "e", "recall"))}
+                {
+                    "layer": slot.layer,
+                    "distance": slot.distance,
+                    "reuse_recall": round(slot.shadow.reuse.recall, 4),
+                    "learned_recall": round(slot.shadow.learned.recall, 4),
+                }
                 for slot in unseen
             ],
         },
