@@ -23,6 +23,7 @@ from runtime.core import (
 from runtime.engine_generation import Generation
 from runtime.engine_parts import EngineParts
 from runtime.engine_pass import Outcome, Passes, Step, StoppedError
+from runtime.engine_speed import ShownSpeed
 from runtime.meeting import outcome_of
 from runtime.prompts import PromptEncoder
 from runtime.sampler import check_params
@@ -55,7 +56,7 @@ class Engine:
         self._passes = Passes(parts, self.forget)
         self._chunk_tokens = prefill_chunk_tokens
         self._panel = Panel(self.gauges, publish, parts.device.now_s)
-        self._shown = Timing(parts.device.now_s(), parts.executor.counters())
+        self._speed = ShownSpeed(self._panel, parts.executor, parts.device)
         self._process = psutil.Process()
         self._waiting: list[Generation] = []
         self._running: list[Generation] = []
@@ -186,8 +187,7 @@ class Engine:
             conversation_id, prompt, params, room, stop, self.parts.tokenizer, timing
         )
         if not self.answering:
-            self._shown = timing
-            self._panel.begin(timing)
+            self._speed.begin(timing)
         self._waiting.append(generation)
         self._let_in()
         conversation = generation.conversation
@@ -209,7 +209,7 @@ class Engine:
         outcomes = self._passes.run([step for _, step in turns])
         for (generation, _), outcome in zip(turns, outcomes, strict=True):
             self._advance(generation, outcome)
-        self._panel.tick()
+        self._speed.after_pass()
 
     def gauges(self) -> Gauges:
         """Read everything that snapshots and statistics are made of."""
@@ -299,11 +299,7 @@ class Engine:
         if timing.new_tokens == 1:
             timing.decode_counters = self.parts.executor.counters()
             timing.stall_s_by_layer = self.parts.executor.stall_s_by_layer
-        if self._shown is not timing:
-            if timing.new_tokens == 1:
-                self._show_together(timing.ttft_s)
-            else:
-                self._shown.token(now_s)
+        self._speed.token(timing)
         if reason is not None:
             self._end(generation, reason)
 
@@ -326,14 +322,4 @@ class Engine:
             self._conversations.keep(generation.conversation)
         else:
             return
-        if not self.answering:
-            self._panel.end()
-        elif self._running:
-            self._show_together(self._shown.ttft_s)
-
-    def _show_together(self, ttft_s: float) -> None:
-        """Let the panel follow all requests together from now on: somebody joined or left."""
-        now_s = self.parts.device.now_s()
-        self._shown = Timing.from_here(now_s, self.parts.executor.counters(), ttft_s)
-        self._shown.stall_s_by_layer = self.parts.executor.stall_s_by_layer
-        self._panel.follow(self._shown)
+        self._speed.left(others=self.answering > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from runtime.engine_parts import EngineParts
 from runtime.executor import Executor, RoutedTokens
 from runtime.loader import LoadedModel, load_model
 from runtime.sampler import Sampler
+from runtime.sequences import MAX_TOGETHER, Conversation
 from runtime.telemetry import Counters
 from tests.families import FAMILIES, make_checkpoint
 from tests.machines import emulated_profile
@@ -95,17 +97,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedMo
 
     def one(family: str) -> LoadedModel:
         if family not in made:
-            made[family] = load_model(
-                make_checkpoint(family, tmp_path_factory.mktemp(family)),
-                torch_device=torch.device("cpu"),
-                dtype=torch.float32,
-                allocate_host=lambda size: torch.empty(size, dtype=torch.uint8),
-                progress=lambda progress: None,
-                cancelled=lambda: False,
-            )
+            made[family] = load(family, tmp_path_factory.mktemp(family))
         return made[family]
 
     return one
+
+
+def load(family: str, folder: Path) -> LoadedModel:
+    return load_model(
+        make_checkpoint(family, folder),
+        torch_device=torch.device("cpu"),
+        dtype=torch.float32,
+        allocate_host=lambda size: torch.empty(size, dtype=torch.uint8),
+        progress=lambda progress: None,
+        cancelled=lambda: False,
+    )
 
 
 @contextmanager
@@ -267,6 +273,29 @@ def test_the_comparison_notices_a_row_of_somebody_else(
             assert_same(together(engine, requests_for(3)), expected)
 
 
+@pytest.mark.parametrize("kv_tokens", [60, 100])
+def test_with_little_room_for_keys_and_values_they_wait_and_are_bitwise_each_alone(
+    kv_tokens: int, models: Callable[[str], LoadedModel]
+) -> None:
+    with engine_over(models("qwen3_moe"), kv_tokens=kv_tokens) as engine:
+        requests = requests_for(8)
+        expected = alone(engine, requests)
+        waited = 0
+        grow = engine._conversations.grow
+
+        def noted(conversation: Conversation, tokens: int) -> bool:
+            nonlocal waited
+            granted = grow(conversation, tokens)
+            waited += not granted
+            store = engine._conversations
+            assert store.tokens + store.taken_tokens <= kv_tokens
+            return granted
+
+        engine._conversations.grow = noted  # type: ignore[method-assign]
+        assert_same(together(engine, requests), expected)
+        assert waited > 0
+
+
 # What is shared
 
 
@@ -383,6 +412,71 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_a_token(
             assert sizes[-1] <= CHUNK_TOKENS + 2
         assert short.timing.new_tokens > 10
         assert all(one.passes == 8 for one in long) or {one.passes for one in long} == {7, 8}
+
+
+def test_a_prompt_is_broken_off_between_its_layers_and_nobody_else(
+    models: Callable[[str], LoadedModel],
+) -> None:
+    with engine_over(models("qwen3_moe")) as engine:
+        requests = requests_for(2)
+        expected = alone(engine, requests)
+        others = [
+            engine.submit(f"c{n}", [Message("user", one.text)], one.params)
+            for n, one in enumerate(requests)
+        ]
+        asked = 0
+
+        def stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return asked == 2  # first before the pass, then after its first layer
+
+        stopped = engine.submit("s", [Message("user", "x")], SamplingParams(), stop)
+        engine.step()
+        assert (asked, stopped.over, stopped.passes) == (2, True, 0)
+        assert isinstance(stopped.take()[-1], Finished)
+        while engine.answering:
+            engine.step()
+        assert_same([answer_of(one) for one in others], expected)
+
+
+def test_no_more_than_so_many_at_once_and_the_others_in_their_order(
+    models: Callable[[str], LoadedModel],
+) -> None:
+    with engine_over(models("qwen3_moe")) as engine:
+        stopped: set[int] = set()
+
+        def submit(number: int) -> Generation:
+            most = SamplingParams(max_new_tokens=2 if number == 5 else 40)
+            return engine.submit(
+                f"c{number}", [Message("user", "x")], most, lambda: number in stopped
+            )
+
+        running = [submit(number) for number in range(MAX_TOGETHER + 3)]
+        assert [len(one.take()) for one in running] == [1] * len(running)
+        sizes: list[int] = []
+        executor: Any = engine.parts.executor
+        begin_pass = executor.begin_pass
+        executor.begin_pass = lambda tokens, *more: [
+            sizes.append(tokens),
+            begin_pass(tokens, *more),
+        ]
+        begun = [
+            [number for number, one in enumerate(running) if one.timing.new_tokens]
+            for _ in range(4)
+            if engine.step() is None
+        ]
+        assert sizes == [MAX_TOGETHER] * 4
+        first = list(range(MAX_TOGETHER))
+        assert begun == [first, first, [*first, MAX_TOGETHER], [*first, MAX_TOGETHER]]
+        stopped.add(MAX_TOGETHER + 1)
+        engine.step()
+        (end,) = running[MAX_TOGETHER + 1].take()
+        assert isinstance(end, Finished)
+        assert (end.reason, end.stats.new_tokens) == ("cancelled", 0)
+        stopped.add(0)
+        engine.step()
+        assert running[MAX_TOGETHER + 2].timing.new_tokens == 1
 
 
 def test_one_that_fails_does_not_disturb_the_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -417,6 +418,72 @@ def test_snapshots_follow_a_generation() -> None:
     assert seen[-1].model == "tiny"
     one.set_policy("cpu-miss")
     assert seen[-1].policy == "cpu-miss"
+
+
+def test_the_panel_shows_the_speed_of_all_requests_together() -> None:
+    """One pass takes half a second: each request makes 2 tokens/s."""
+    seen: list[Any] = []
+    device = StandInDevice()
+    one = engine(publish=seen.append, device=device, eos=[])
+
+    def speed() -> float:
+        one.announce()
+        assert seen[-1].generating
+        return float(seen[-1].tokens_per_s)
+
+    def submit(most: int) -> None:
+        one.submit(f"{most}", [Message("user", "x")], SamplingParams(max_new_tokens=most))
+
+    submit(40)
+    for _ in range(4):
+        one.step()
+    assert (speed(), seen[-1].ttft_s) == (2.0, 0.5)
+    for most in (6, 30):
+        submit(most)
+    device.time_s += 0.25
+    for _ in range(4):
+        one.step()
+    assert (speed(), seen[-1].ttft_s) == (6.0, 0.75)
+    assert seen[-1].token_s == pytest.approx(1 / 6)
+    for _ in range(4):
+        one.step()
+    assert speed() == 4.0
+    while one.answering:
+        one.step()
+    assert not seen[-1].generating
+    assert ask(one, "again")
+    one.announce()
+    assert seen[-1].tokens_per_s == 2.0
+
+
+def test_what_the_predictor_is_told_reaches_it() -> None:
+    executor = StandInExecutor()
+    one = engine(executor=executor)
+    one.set_prediction(False)
+    assert executor.prediction is False
+    one.set_prediction(True)
+    assert executor.prediction is True
+    one.reset_predictor()
+    assert executor.resets == 1
+    assert not one.idle(10.0), "it came back at once: there is nothing to do"
+    assert executor.idle_s == 10.0
+    executor.idle = time.sleep  # type: ignore[method-assign]
+    assert one.idle(0.01), "it used its time: there may be more to do"
+
+
+def test_a_device_that_refuses_everything_is_noticed() -> None:
+    device = StandInDevice()
+    one = engine(device=device)
+    assert one.device_works()
+
+    def refuse() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    device.wait_for_compute = refuse  # type: ignore[method-assign]
+    assert not one.device_works()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ask(one, "x")
+    assert not one.answering
 
 
 def test_closing_the_engine_closes_what_it_runs_on() -> None:

@@ -432,6 +432,21 @@ def test_a_second_turn_of_one_conversation_gets_a_cache_of_its_own() -> None:
     assert store.tokens == 4
 
 
+def test_a_conversation_that_comes_back_is_the_most_recent_one() -> None:
+    store = Conversations(ListCache, 10)
+    early, late = store.take("a", [1, 2, 3], 4), store.take("a", [1, 2, 3], 4)
+    for one in (early, late):
+        assert store.grow(one, 2)
+        compute(one, [1, 2])
+    store.keep(early)
+    kept(store, "b", [1, 2])
+    store.keep(late)
+    filling = store.take("c", [1], 8)
+    assert store.grow(filling, 8)
+    assert store.take("b", [1, 2, 3], 3).ids == []
+    assert store.take("a", [1, 2, 3], 3).ids == [1, 2]
+
+
 def test_a_cache_that_cannot_be_cut_is_kept_only_as_an_exact_prefix() -> None:
     store = Conversations(lambda: ListCache(False), 20)
     kept(store, "a", [1, 2])
