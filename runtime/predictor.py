@@ -33,6 +33,20 @@ class Target(NamedTuple):
     distance: int
 
 
+class SlotFigures(NamedTuple):
+    """One (layer, distance): recall at k of what is in use and of router reuse, running averages
+    over live tokens (as many guesses as routed experts, so precision is the same), and how many of
+    the misses told to `note_misses` had been guessed."""
+
+    layer: int
+    distance: int
+    learned_on: bool
+    recall_at_k: float
+    reuse_recall_at_k: float
+    misses_guessed: int
+    misses: int
+
+
 @dataclass(frozen=True)
 class _Source:
     """All guesses made at one place. `matrix` scores the targets whose routers are reused, in the
@@ -41,13 +55,16 @@ class _Source:
     slots: tuple[Slot, ...]
     targets: tuple[tuple[int, int], ...]
     top_ks: tuple[int, ...]
-    curves: tuple[Curve, ...]
     reused: tuple[int, ...]
     matrix: Tensor | None
     bias: Tensor | None
     head: Head | None
     extra: Tensor | None
     alike: bool
+
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        return tuple([slot.curve for slot in self.slots])
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +114,7 @@ class Predictor:
     ) -> None:
         self.views = tuple(views)
         self.heads = heads
-        self.embedding = embedding
+        self.embedding = None if embedding is None else embedding.detach()
         self.dtype = dtype
         self.slots = make_slots(self.views, embedding is not None, heads)
         known = [view for view in self.views if view is not None]
@@ -108,13 +125,15 @@ class Predictor:
         self.misses: dict[Target, list[int]] = {}
         self._latest: dict[int, dict[int, tuple[int, ...]]] = {}
         self._base: Tensor | None = None
-        self._sources: tuple[_Source | None, ...] = ()
+        self._sources: list[_Source | None] = [None] * len(self.views)
         self.weight_bytes = 0
         self.rebuild()
 
-    def rebuild(self) -> None:
-        """Put together again what is multiplied at each place, after slots have changed."""
-        self._sources = tuple(self._source(place) for place in range(len(self.views)))
+    def rebuild(self, place: int | None = None) -> None:
+        """Put together again what is multiplied at one place, or at all, after slots changed."""
+        places = range(len(self.views)) if place is None else (place,)
+        for one in places:
+            self._sources[one] = self._source(one)
         made = [source for source in self._sources if source is not None]
         rows = 0
         if self.heads is not None and any(source.head is not None for source in made):
@@ -167,6 +186,20 @@ class Predictor:
             return NOTHING
         return _Guessed(self, source, ranked)
 
+    def figures(self) -> tuple[SlotFigures, ...]:
+        """Return what is known of every slot: running recalls on live tokens, and of misses."""
+        return tuple(
+            SlotFigures(
+                slot.layer,
+                slot.distance,
+                slot.shadow.learned_on,
+                slot.shadow.in_use.recall,
+                slot.shadow.reuse.recall,
+                *self.misses.get(Target(slot.layer, slot.distance), (0, 0)),
+            )
+            for slot in self.slots
+        )
+
     def note_guesses(self, made: Sequence[Prediction]) -> None:
         """Keep the best k guesses of this pass, to be judged by `note_misses`."""
         for guess in made:
@@ -185,7 +218,7 @@ class Predictor:
     def _residual(self, token_ids: Tensor) -> Tensor:
         assert self.embedding is not None
         rows = self.embedding[token_ids.to(self.embedding.device)]
-        return unit_rms(rows).to(dtype=self.dtype)
+        return unit_rms(rows).to(device=token_ids.device, dtype=self.dtype)
 
     def _source(self, place: int) -> _Source | None:
         slots = tuple(slot for slot in self.slots if slot.place == place and slot.usable)
@@ -199,7 +232,6 @@ class Predictor:
             slots=slots,
             targets=tuple((slot.layer, slot.distance) for slot in slots),
             top_ks=tuple(slot.top_k for slot in slots),
-            curves=tuple(slot.curve for slot in slots),
             reused=reused,
             matrix=torch.cat(matrices).to(self.dtype) if reused else None,
             bias=torch.cat(biases).to(self.dtype) if any(b.any() for b in biases) else None,
@@ -245,7 +277,7 @@ def _ranked(
     logits: Tensor | None = None
     if source.matrix is not None:
         assert x is not None
-        logits = linear(x, source.matrix, source.bias).float()
+        logits = linear(x.to(source.matrix.dtype), source.matrix, source.bias).float()
         if learned is None and source.alike and logits.shape[0] == 1:
             return rank_alike(logits.view(len(source.slots), -1), source.top_ks[0])
     scores, begin = [], 0

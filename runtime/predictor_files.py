@@ -59,7 +59,7 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
-    header = {"format": FORMAT_VERSION, "sha256": hashlib.sha256(raw).hexdigest(), **facts}
+    header = {**facts, "format": FORMAT_VERSION, "sha256": hashlib.sha256(raw).hexdigest()}
     for path, content in (
         (folder / f"{name}.safetensors", raw),
         (folder / f"{name}.json", (json.dumps(header, indent=1) + "\n").encode()),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,70 +64,50 @@ def judge(slot: Slot, looks: Looks, fresh: int) -> None:
             slot.learned_curve = fit_curve(learned, looks.chosen, slot.learned_curve)
 
 
-def correct(slot: Slot, looks: Looks, until_s: float) -> bool:
+def correct(slot: Slot, looks: Looks) -> bool:
     """Learn a correction of the prediction in use; return whether a better one was found."""
     if slot.shadow.learned_on:
         if looks.learned is None:
             return False
         start = None if slot.head_bias is None else Correction(slot.head_bias)
         slope = slot.learned_curve.slope
-        made = learn(
-            looks.learned,
-            looks.x,
-            looks.chosen,
-            start,
-            lambda logits: logits,
-            slope,
-            low_rank=False,
-            until_s=until_s,
-        )
+        made = learn(looks.learned, looks.x, looks.chosen, start, _as_they_are, slope, False)
         if made is not None:
             slot.head_bias = made.bias
         return made is not None
     if looks.reuse is None or slot.view is None:
         return False
-    made = learn(
-        looks.reuse,
-        looks.x,
-        looks.chosen,
-        slot.correction,
-        slot.view.scored,
-        slot.reuse_curve.slope,
-        low_rank=True,
-        until_s=until_s,
-    )
+    slope, scored = slot.reuse_curve.slope, slot.view.scored
+    made = learn(looks.reuse, looks.x, looks.chosen, slot.correction, scored, slope, True)
     if made is not None:
         slot.correction = made
     return made is not None
 
 
-def improve(
+def study(
     memory: Memory,
     slots: Sequence[Slot],
     heads: Heads | None,
     residual: Callable[[Tensor], Tensor],
-    until_s: float,
-) -> bool:
-    """Judge every slot on the tokens not looked at yet, then correct as many as time allows.
+) -> Iterator[Slot | None]:
+    """Go through all slots with the tokens not looked at yet; every step is one slot.
 
-    Returns whether anything that is in use changed. `until_s` is a `time.perf_counter()`.
+    Each is judged and then corrected. Yields the slot if what it is guessed with has changed.
     """
-    if not memory.fresh:
-        return False
-    fresh, changed = memory.fresh, False
-    looked = []
-    for slot in slots:
-        looks = look(memory, slot, heads, residual)
-        judge(slot, looks, fresh)
-        looked.append((slot, looks))
+    fresh = memory.fresh
     memory.taken()
-    # The worst first: where most is missed there is most to learn.
-    looked.sort(key=lambda pair: max(pair[0].shadow.reuse.recall, pair[0].shadow.learned.recall))
-    for slot, looks in looked:
-        if time.perf_counter() >= until_s:
-            break
-        changed = correct(slot, looks, until_s) or changed
-    return changed
+    for slot in slots:
+        if not len(memory):
+            return
+        looks = look(memory, slot, heads, residual)
+        before = slot.shadow.learned_on
+        judge(slot, looks, min(fresh, len(looks.chosen)))
+        changed = correct(slot, looks)
+        yield slot if changed or slot.shadow.learned_on != before else None
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _corrected(slot: Slot, looks: Looks) -> tuple[Tensor | None, Tensor | None]:

@@ -7,7 +7,6 @@ from. It folds into the matrix that is multiplied anyway, so it costs nothing at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,9 +58,7 @@ def learn(
     start: Correction | None,
     scored: Scored,
     slope: float,
-    *,
     low_rank: bool,
-    until_s: float = float("inf"),
 ) -> Correction | None:
     """Return a correction that guesses better than `start` on the newest rows, or None.
 
@@ -73,7 +70,6 @@ def learn(
         scored: how logits become scores.
         slope: that of the scores' probability curve; their unit.
         low_rank: learn a change of the matrix too, not only a bias.
-        until_s: `time.perf_counter()` at which to stop.
     """
     rows, experts = logits.shape
     if rows < _MIN_ROWS:
@@ -97,8 +93,6 @@ def learn(
         step = max(float(logits.std()), 1e-6) * RATE
         optimizer = torch.optim.Adam(weights, lr=step)
         for _ in range(STEPS):
-            if time.perf_counter() > until_s:
-                break
             tried = Correction(bias, up, down)
             scores = scored(logits[:learned] + tried.added(x[:learned]))
             loss = -(torch.log_softmax(scores * slope, dim=1) * wanted[:learned]).sum(1).mean()

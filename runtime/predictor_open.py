@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from runtime import predictor_files
 from runtime.predictor import Predictor
 from runtime.predictor_heads import Heads, heads_from
-from runtime.predictor_learning import improve
+from runtime.predictor_learning import study
 from runtime.predictor_online import Correction
 from runtime.predictor_ranking import Curve
 from runtime.predictor_reuse import RouterView
@@ -39,25 +39,39 @@ class LearningPredictor(Predictor):
         self.fingerprint = predictor_files.fingerprint(views)
         self._folder = folder
         self._facts: dict[str, Any] = {}
+        self._work: Iterator[Slot | None] | None = None
         self.notices: tuple[str, ...] = ()
-        heads = self._shipped_heads(shipped, views)
+        heads = self._shipped_heads(shipped, views, embedding)
         super().__init__(views, embedding, dtype, heads)
         self._begin_as_shipped()
         self._take_up_learned()
         self.rebuild()
 
     def improve(self, budget_s: float) -> None:
-        """Learn from the tokens seen since the last call, for about `budget_s` seconds."""
+        """Learn from the tokens seen lately for about `budget_s` seconds, one slot at a time.
+
+        What is not finished goes on at the next call; with nothing left it returns at once.
+        """
         until_s = time.perf_counter() + budget_s
-        if not self.memory.fresh:
-            return
-        improve(self.memory, self.slots, self.heads, self._residual, until_s)
-        self.rebuild()
-        self._save()
+        if self._work is None and self.memory.fresh:
+            self._work = study(self.memory, self.slots, self.heads, self._residual)
+        while self._work is not None:
+            try:
+                changed = next(self._work)
+            except StopIteration:
+                self._work = None
+                self._save()
+                return
+            if changed is not None:
+                self.rebuild(changed.place)
+            if time.perf_counter() >= until_s:
+                return
 
     def reset(self) -> None:
         """Forget what was learned on this machine, on disk as well."""
+        self._work = None
         self.memory.clear()
+        self.misses.clear()
         if self.past is not None:
             self.past.forget()
         self._begin_as_shipped()
@@ -74,7 +88,10 @@ class LearningPredictor(Predictor):
             self.notices = (*self.notices, text)
 
     def _shipped_heads(
-        self, shipped: Path | None, views: Sequence[RouterView | None]
+        self,
+        shipped: Path | None,
+        views: Sequence[RouterView | None],
+        embedding: Tensor | None,
     ) -> Heads | None:
         if shipped is None:
             return None
@@ -92,7 +109,7 @@ class LearningPredictor(Predictor):
                 int(facts["top_k"]),
                 float(facts["half_life_tokens"]),
             )
-            _check(heads, views)
+            _check(heads, views, 0 if embedding is None else embedding.shape[0])
             _ = [_key(slot) for slot in facts["slots"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._notice(f"The predictor that ships with this model is ignored: {error!r:.200}.")
@@ -207,7 +224,7 @@ def _restore(slot: Slot, tensors: dict[str, Tensor], device: torch.device) -> No
         )
 
 
-def _check(heads: Heads, views: Sequence[RouterView | None]) -> None:
+def _check(heads: Heads, views: Sequence[RouterView | None], vocabulary: int) -> None:
     """Refuse heads whose shapes do not fit the model or each other.
 
     Raises:
@@ -217,6 +234,8 @@ def _check(heads: Heads, views: Sequence[RouterView | None]) -> None:
     layers, experts, width = len(views), heads.experts, tables.bias.shape[-1]
     if known is not None and (known.experts, known.top_k) != (experts, heads.top_k):
         raise ValueError(f"it is for {experts} experts, top {heads.top_k}")
+    if not 0 < vocabulary <= tables.token.shape[0]:
+        raise ValueError(f"it knows {tables.token.shape[0]} tokens of {vocabulary}")
     n = heads.inner
     expected: dict[str, tuple[int, ...]] = {
         "bias": (layers, width),

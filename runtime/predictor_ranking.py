@@ -18,6 +18,8 @@ from runtime.trace import Guess, Prediction
 MIN_PROBABILITY = 0.02
 """Where several tokens are merged, less likely experts are not worth a guess."""
 
+_EXPONENT_MAX = 60.0
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -27,8 +29,7 @@ class Curve:
     offset: float
 
     def at(self, margin: float) -> float:
-        x = self.slope * margin + self.offset
-        return 1.0 / (1.0 + math.exp(-x)) if x > -60.0 else 0.0
+        return 1.0 / (1.0 + math.exp(min(_EXPONENT_MAX, -self.slope * margin - self.offset)))
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,25 @@ def predictions_from(
 ) -> tuple[Prediction, ...]:
     """Fetch what `rank` chose, in one transfer; `targets` are (layer, distance)."""
     numbers = ranked.flat.tolist()
-    made, begin, half = [], 0, len(numbers) // 2
+    made, begin, half, exp = [], 0, len(numbers) // 2, math.exp
     for (layer, distance), top_k, curve, count in zip(
         targets, top_ks, curves, ranked.counts, strict=True
     ):
         values = numbers[begin : begin + count]
-        experts = map(int, numbers[half + begin : half + begin + count])
-        if ranked.probabilities:
-            pairs = zip(experts, values, strict=True)
-            guesses = tuple(Guess(e, p) for e, p in pairs if p > MIN_PROBABILITY)
-        else:
-            edge = _boundary(values, top_k)
-            pairs = zip(experts, values, strict=True)
-            guesses = tuple(Guess(e, curve.at(value - edge)) for e, value in pairs)
-        made.append(Prediction(layer, distance, guesses))
+        experts = numbers[half + begin : half + begin + count]
         begin += count
+        pairs = zip(experts, values, strict=True)
+        if ranked.probabilities:
+            guesses = [Guess(int(e), p) for e, p in pairs if p > MIN_PROBABILITY]
+        else:
+            # `Curve.at`, written out: this runs for every guess of every token.
+            slope, top = curve.slope, _EXPONENT_MAX
+            shift = slope * _boundary(values, top_k) - curve.offset
+            guesses = [
+                Guess(int(e), 1.0 / (1.0 + exp(min(top, shift - slope * value))))
+                for e, value in pairs
+            ]
+        made.append(Prediction(layer, distance, tuple(guesses)))
     return tuple(made)
 
 

@@ -43,6 +43,10 @@ class Shadow:
     learned: Running
     learned_on: bool = False
 
+    @property
+    def in_use(self) -> Running:
+        return self.learned if self.learned_on else self.reuse
+
     def decide(self, has_reuse: bool, has_learned: bool) -> None:
         """Switch to the better one, if it is better by the margin and there is evidence."""
         if not has_learned:
