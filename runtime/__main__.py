@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from runtime.commands import COMMANDS
 from runtime.core import POLICIES
 from runtime.errors import ConfigError, PreScopeError
+from runtime.eviction import EVICTIONS
 from runtime.private_streams import private_output
 
 USAGE = 2
@@ -55,6 +56,12 @@ def _common_options() -> _Parser:
     add("--json", action="store_true", help="print one JSON object on standard output, only that")
     add("--data-dir", metavar="DIR", help="data folder (else PRESCOPE_DATA_DIR, else the system's)")
     add("--policy", choices=POLICIES, help="what to do with experts that are not in a slot")
+    add(
+        "--eviction",
+        choices=sorted(EVICTIONS),
+        help="who leaves a slot under prescope, hybrid or on-demand (default: the policy's own)",
+    )
+    add("--no-prediction", action="store_true", help="copy nothing ahead of its layer")
     add(
         "--cache-fraction",
         type=_number(0.0, 1.0),

@@ -102,7 +102,9 @@ def assemble(
             policy,
             virtual_clock=virtual_clock,
             predictor=_predictor(loaded, folder, learned) if plan.slots else None,
+            eviction=request.eviction,
         )
+        executor.set_prediction(request.prediction)
         undo.pop_all()
 
     def close() -> None:

@@ -359,7 +359,8 @@ class LoadRequest:
     """Which model to load and how. `path` is a folder; `default` is the shipped model.
 
     `cache_fraction` is the share of all experts that fit in slots; `vram_bytes` caps the device
-    budget instead; both None lets the planner decide.
+    budget instead; both None lets the planner decide. `eviction` replaces the rule of a policy
+    that lets one choose; `prediction` says whether experts are copied ahead at first.
     """
 
     model: str = "default"
@@ -367,4 +368,6 @@ class LoadRequest:
     cache_fraction: float | None = None
     vram_bytes: int | None = None
     link_bytes_per_s: float | None = None
+    eviction: str | None = None
+    prediction: bool = True
     emulated: EmulatedMachine = field(default_factory=EmulatedMachine)

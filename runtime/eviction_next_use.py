@@ -29,6 +29,9 @@ middle scale alone by more than 0.2 points of hit rate, and up to 3 better."""
 
 RECENCY_HALF_LIFE_TOKENS = 16.0
 RAREST = 2.0**-60
+CROWDED = 0.5
+"""How much a layer with more than its share of slots gives up first. A layer's time grows faster
+than its misses, so misses spread over the layers cost less than the same number in a few."""
 
 
 class ExpectedNextUse:
@@ -58,6 +61,7 @@ class ExpectedNextUse:
         self._stale: set[int] = set()
         self._latest = [0] * layers
         self._passes = np.full(layers, -math.inf)
+        self._held = np.zeros(layers)
         self._probation: dict[ExpertId, None] = {}
         turn = np.arange(layers)
         self._wait_passes = (turn[None, :] - turn[:, None] - 1) % layers / layers
@@ -82,6 +86,7 @@ class ExpectedNextUse:
             self._make_room(layer, number)
         assert self._absent[layer][number], f"{expert} has a slot already"
         self._absent[layer][number] = 0.0
+        self._held[layer] += 1
         self._stale.add(layer)
         if prefetched:
             self._probation[expert] = None
@@ -90,6 +95,7 @@ class ExpectedNextUse:
         layer, number = expert
         assert not self._absent[layer][number], f"{expert} has no slot"
         self._absent[layer][number] = math.inf
+        self._held[layer] -= 1
         self._stale.add(layer)
         self._probation.pop(expert, None)
 
@@ -100,7 +106,9 @@ class ExpectedNextUse:
         for turn in self._stale:
             self._scan(turn)
         self._stale.clear()
-        costs = self._passes + self._wait_passes[layer]
+        fair = max(1.0, self._held.sum()) / len(self._held)
+        crowded = (np.maximum(self._held, 1.0) / fair) ** CROWDED
+        costs = (self._passes + self._wait_passes[layer]) * crowded
         kept: list[ExpertId] = []
         found = None
         while costs[turn := int(costs.argmax())] > -math.inf:
@@ -112,6 +120,7 @@ class ExpectedNextUse:
             self._absent[turn][expert.expert] = math.inf
             self._scan(turn)
             costs[turn] = self._passes[turn] + self._wait_passes[layer, turn]
+            costs[turn] *= crowded[turn]
         for expert in kept:
             self._absent[expert.layer][expert.expert] = 0.0
             self._stale.add(expert.layer)

@@ -19,14 +19,13 @@ from runtime.cache import CacheTable
 from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
 from runtime.executor_heat import Heat
-from runtime.executor_steering import Steering
+from runtime.executor_steering import Steering, serving_policy
 from runtime.formats import ExpertFormat
 from runtime.kernels import ExpertMath, views
 from runtime.layer_rows import LayerRows, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
 from runtime.policy import PolicySetup
-from runtime.policy_table import make_policy
 from runtime.prediction import ExpertPredictor
 from runtime.residency import Residency
 from runtime.scheduler import Costs
@@ -86,6 +85,7 @@ class Executor:
         *,
         virtual_clock: bool = False,
         predictor: ExpertPredictor | None = None,
+        eviction: str | None = None,
         observe: Observe | None = None,
     ) -> None:
         self._device = device
@@ -105,10 +105,10 @@ class Executor:
             slots,
             Costs.of(profile),
         )
-        chosen = make_policy(policy, setup)
+        chosen = serving_policy(policy, setup, eviction)
         cache = CacheTable(slots, chosen.eviction)
         self.residency = Residency(cache, chosen, setup.layer_bytes, self._counters)
-        self._steering = Steering(self.residency, setup)
+        self._steering = Steering(self.residency, setup, eviction)
         self._heat = Heat(setup.experts)
         chunk_bytes = chunk_bytes_for(profile.link_bytes_per_s.value)
         self._link = Link(device, self._slab, store.bytes_of, chunk_bytes)
@@ -285,6 +285,9 @@ class Executor:
 
     def queue_state(self) -> QueueState:
         return self._transfer.state(self._device.now_s())
+
+    def link_totals(self) -> tuple[int, float]:
+        return self._transfer.issued_bytes, self._transfer.busy_s
 
     def order(self, orders: Sequence[Order]) -> None:
         for order in orders:

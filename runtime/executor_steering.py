@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from runtime.controller import OFF, Controller
 from runtime.core import Verdict
-from runtime.policy import PolicySetup
-from runtime.policy_table import make_policy
+from runtime.policy import Policy, PolicySetup
+from runtime.policy_table import FREE_EVICTION, make_policy
 from runtime.residency import Residency
 from runtime.transfer_queue import Order
 
@@ -16,9 +16,12 @@ from runtime.transfer_queue import Order
 class Steering:
     """Changes the policy of one residency and how far it looks ahead."""
 
-    def __init__(self, residency: Residency, setup: PolicySetup) -> None:
+    def __init__(
+        self, residency: Residency, setup: PolicySetup, eviction: str | None = None
+    ) -> None:
         self._residency = residency
         self._setup = setup
+        self._eviction = eviction
         self._wanted = True
         self._controller = Controller()
 
@@ -44,7 +47,7 @@ class Steering:
         Raises:
             ConfigError: there is no such policy, or it needs slots and there are none.
         """
-        policy = make_policy(name, self._setup)
+        policy = serving_policy(name, self._setup, self._eviction)
         policy.look_ahead = self._controller.look_ahead if self._wanted else OFF
         return self._residency.follow(policy).orders
 
@@ -59,3 +62,9 @@ class Steering:
         policy = self._residency.policy
         if self._wanted and policy.copies_ahead:
             policy.look_ahead = self._controller.begin_pass(now_s, tokens, prompt)
+
+
+def serving_policy(name: str, setup: PolicySetup, eviction: str | None) -> Policy:
+    """Return a policy with the eviction rule a person chose, where it lets one choose."""
+    free = eviction is not None and name in FREE_EVICTION
+    return make_policy(name, setup, eviction=eviction) if free else make_policy(name, setup)

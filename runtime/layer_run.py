@@ -30,6 +30,10 @@ class LayerPorts(Protocol):
         """Return what waits for the link."""
         ...
 
+    def link_totals(self) -> tuple[int, float]:
+        """Return the bytes the link was given since the start and the seconds it was busy."""
+        ...
+
     def order(self, orders: Sequence[Order]) -> None:
         """Pass orders to the transfer queue."""
         ...
@@ -57,6 +61,7 @@ def begin_pass(
     """Start a forward pass: note what landed, copy ahead what its tokens already tell."""
     _take_ended(residency, ports)
     residency.prompt = span > 1
+    residency.policy.note_link(*ports.link_totals())
     moment = _moment(residency, ports, tokens)
     _do(residency, ports, residency.begin_pass(span, predictions, moment))
 

@@ -108,8 +108,8 @@ class Policy(Protocol):
         """Return what to copy from the end of this layer on."""
         ...
 
-    def note_link(self, size_bytes: int, seconds: float) -> None:
-        """Hear how long a copy took that somebody waited for."""
+    def note_link(self, moved_bytes: int, busy_s: float) -> None:
+        """Hear what the link has moved since the start, and how long it was busy with it."""
         ...
 
     def note_cpu(self, seconds: float) -> None:
@@ -143,7 +143,7 @@ class Reactive:
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
         return ()
 
-    def note_link(self, size_bytes: int, seconds: float) -> None:
+    def note_link(self, moved_bytes: int, busy_s: float) -> None:
         """Nothing to learn."""
 
     def note_cpu(self, seconds: float) -> None:

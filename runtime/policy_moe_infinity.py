@@ -58,7 +58,7 @@ class MoeInfinity:
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
         return ()
 
-    def note_link(self, size_bytes: int, seconds: float) -> None:
+    def note_link(self, moved_bytes: int, busy_s: float) -> None:
         """The paper plans by activations, not by rates."""
 
     def note_cpu(self, seconds: float) -> None:

@@ -27,8 +27,6 @@ from runtime.scheduler import Costs, Miss, MissPlan, split_least_makespan
 from runtime.trace import Guess, Prediction
 
 KEPT_CANDIDATES = 32
-IN_THE_WAY_S = 200e-6
-"""Chunks of other copies that may be on the stream before one that somebody waits for."""
 USE_SHARE = 1.0 - 2.0 ** (-1.0 / HALF_LIFE_TOKENS)
 """What one use adds to an estimated rate of use per pass."""
 
@@ -39,7 +37,8 @@ class PreScopeSettings:
 
     `bonus` weighs what a fetched expert is worth later against this layer's end;
     `protected_from` is the probability of use from which a resident expert is kept;
-    `hold_margin` is how much more a copy must bring than it costs the CPU beside it.
+    `hold_margin` is how much more a copy must bring than it costs the CPU beside it; with the
+    link taken by demands for more than `busy_link` of the time nothing is copied ahead.
     """
 
     eviction: str = "expected-next-use"
@@ -52,6 +51,7 @@ class PreScopeSettings:
     bonus: float = 0.1
     protected_from: float = 0.25
     hold_margin: float = 1.3
+    busy_link: float = 0.8
     doubt: float = 1.0
 
 
@@ -68,6 +68,7 @@ class PreScope:
         self.look_ahead = FULL
         self._rails = Rails(setup.costs)
         self._setup = setup
+        self._round = (setup.layers - 1) / setup.layers
         self._calibration = Calibration()
         self._soon: dict[int, dict[int, float]] = {}
         self._averages = Averages()
@@ -75,6 +76,7 @@ class PreScope:
         self._plan = MissPlan((), ())
         self._cpu_s = 0.0
         self._cpu_work_bytes = 0.0
+        self._moved = (0, 0.0)
         self._turnover = Turnover(setup.slots, self.settings.longest_stay)
         self._victim_rate = 0.0
         self._missed: dict[ExpertId, None] = {}
@@ -127,7 +129,10 @@ class PreScope:
 
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
         missed = len(self._plan.load) + len(self._plan.cpu)
-        self._averages.add(moment.now_s - self._routed_s, self._cpu_s, missed)
+        moved_s = (
+            len(self._plan.load) * self._setup.layer_bytes[layer] / self.costs.link_bytes_per_s
+        )
+        self._averages.add(moment.now_s, self._routed_s, self._cpu_s, moved_s, missed)
         if moment.queue.unstarted:
             return ()  # there are wishes enough
         return self._ahead(layer, self._after_layer(moment), moment)
@@ -137,9 +142,11 @@ class PreScope:
         """What the rails cost, as far as serving has shown."""
         return self._rails.costs
 
-    def note_link(self, size_bytes: int, seconds: float) -> None:
-        least_s = size_bytes / self.costs.link_bytes_per_s
-        self._rails.link.note(least_s, least_s + self.costs.link_call_s + IN_THE_WAY_S, seconds)
+    def note_link(self, moved_bytes: int, busy_s: float) -> None:
+        moved, busy = moved_bytes - self._moved[0], busy_s - self._moved[1]
+        self._moved = (moved_bytes, busy_s)
+        planned_s = moved / self.costs.link_bytes_per_s
+        self._rails.link.note(planned_s, planned_s, busy)
 
     def note_cpu(self, seconds: float) -> None:
         costs = self.costs
@@ -169,7 +176,8 @@ class PreScope:
         """Try how many of the coming experts to wait for; the rest and the misses are split."""
         layer = routed.layer
         costs = self.costs if self.settings.constants else self.costs.without_constants()
-        saved_s = self._saved_s(layer) * self.settings.bonus
+        # A free slot is filled at no one's expense.
+        saved_s = self._saved_s(layer) * (1.0 if moment.free_slots else self.settings.bonus)
 
         def worth(expert: int) -> float:
             return self.eviction.worth(ExpertId(layer, expert), moment.token, layer)
@@ -224,11 +232,12 @@ class PreScope:
     ) -> list[Wish]:
         """Choose copies in the order of their deadlines, as long as each is worth its price."""
         wishes: list[Wish] = []
-        if not self.look_ahead:
+        busy = self._averages.link_share > self.settings.busy_link and not moment.prompt
+        if not self.look_ahead or busy:
             return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
         slower = 1.0 - self.costs.cpu_bytes_per_s_while_copying / self.costs.cpu_bytes_per_s
-        holds = self._holds()
+        holds, admits = self._holds(), self.settings.admit or moment.free_slots > 0
         for expert, use, deadline_s in self._candidates(layer, window, moment):
             if at_s >= window.second_s:
                 break
@@ -238,9 +247,12 @@ class PreScope:
             else:
                 lands_s = at_s + copy_s
                 price_s = slower * window.beside_cpu_s(at_s, lands_s)
-            late = max(0.0, lands_s - deadline_s) / copy_s
-            uses = use * max(0.0, 1.0 - late) + self._lasting(expert, moment)
-            if uses * self._saved_s(expert.layer) > price_s:
+            saved_s = self._saved_s(expert.layer)
+            in_time = max(0.0, 1.0 - max(0.0, lands_s - deadline_s) / saved_s)
+            if not in_time and not admits:
+                continue
+            uses = use * in_time + self._lasting(expert, moment)
+            if uses * saved_s > price_s:
                 wishes.append(Wish(expert, deadline_s, use))
                 at_s = lands_s
         return wishes
@@ -258,7 +270,7 @@ class PreScope:
                     expert = ExpertId(layer + ahead, number)
                     if not moment.holds(expert):
                         yield expert, use, deadline_s
-        if self.settings.admit:
+        if self.settings.admit or moment.free_slots:
             for expert in reversed(list(self._missed)):
                 if moment.holds(expert):
                     del self._missed[expert]
@@ -276,9 +288,10 @@ class PreScope:
         return rate + self.settings.doubt * math.sqrt(rate * USE_SHARE)
 
     def _rate(self, expert: ExpertId, moment: Moment) -> float:
-        """Return uses per pass; worth is minus the passes to the next one."""
+        """Return uses per pass. Worth is minus the passes to the next use, seen from the end of
+        the expert's own layer: the way round to that layer is not a lack of use."""
         worth = self.eviction.worth(expert, moment.token, expert.layer)
-        return 1.0 / max(1.0, 1.0 - worth)
+        return 1.0 / max(1.0, 1.0 - worth - self._round)
 
     def _saved_s(self, layer: int) -> float:
         """Seconds that one miss less saves a layer with the usual number of misses."""

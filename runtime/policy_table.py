@@ -26,6 +26,10 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
+FREE_EVICTION = ("prescope", "hybrid", "on-demand")
+"""Policies that work with any eviction rule, given as `eviction`; the others have their own."""
+
+
 def make_policy(name: str, setup: PolicySetup, **settings: Any) -> Policy:
     """Return a fresh policy; `settings` are its own keyword arguments.
 

@@ -17,14 +17,26 @@ class Averages:
     layer_s: float = 0.0
     cpu_s: float = 0.0
     misses: float = 1.0
-    seen: bool = False
+    demanded_s: float = 0.0
+    period_s: float = 0.0
+    ended_s: float | None = None
 
-    def add(self, layer_s: float, cpu_s: float, misses: int) -> None:
-        share = SHARE if self.seen else 1.0
-        self.layer_s += share * (layer_s - self.layer_s)
+    @property
+    def link_share(self) -> float:
+        """Share of the time that the link moves what somebody waits for."""
+        return self.demanded_s / self.period_s if self.period_s > 0.0 else 0.0
+
+    def add(self, now_s: float, routed_s: float, cpu_s: float, moved_s: float, misses: int) -> None:
+        """Note a layer that is done: when it was routed, and its seconds on CPU and link."""
+        first = self.ended_s is None
+        share = 1.0 if first else SHARE
+        self.layer_s += share * (now_s - routed_s - self.layer_s)
         self.cpu_s += share * (cpu_s - self.cpu_s)
         self.misses += share * (misses - self.misses)
-        self.seen = True
+        self.demanded_s += share * (moved_s - self.demanded_s)
+        if self.ended_s is not None:
+            self.period_s += share * (now_s - self.ended_s - self.period_s)
+        self.ended_s = now_s
 
 
 class Turnover:

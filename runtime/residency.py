@@ -52,8 +52,6 @@ class Residency:
         self.stall_s_by_layer = [0.0] * len(layer_bytes)
         self._layer_bytes = tuple(layer_bytes)
         self._open: OpenLayer | None = None
-        self._ordered_s: dict[ExpertId, float] = {}
-        self._seen_s = self._landed_s = 0.0
 
     @property
     def waits(self) -> bool:
@@ -88,7 +86,6 @@ class Residency:
         """
         assert self._open is None, f"layer {self._open} is still open"
         opened = self._open = OpenLayer(layer)
-        self._seen_s = moment.now_s
         hits: list[tuple[ExpertId, int]] = []
         hit: list[Miss] = []
         coming: list[Miss] = []
@@ -159,10 +156,6 @@ class Residency:
     def ended(self, event: TransferEnded) -> Steps:
         """Note that a transfer landed, was cancelled or failed."""
         slot = self.cache.slot(event.slot)
-        ordered_s = self._ordered_s.pop(event.expert, None)
-        if ordered_s is not None and event.outcome is Outcome.LANDED:
-            self.policy.note_link(event.issued_bytes, event.at_s - max(ordered_s, self._landed_s))
-        self._landed_s = self._seen_s = event.at_s
         assert slot.expert == event.expert, (event, slot)
         assert slot.state is SlotState.LOADING, (event, slot)
         needed = self._open is not None and event.expert in self._open.for_bytes
@@ -309,7 +302,6 @@ class Residency:
             opened.for_bytes.add(expert)
             number = self._reserve(expert, victim, prefetched=False)
             self.cache.pin(number)
-            self._ordered_s[expert] = self._seen_s
             size = self._layer_bytes[expert.layer]
             orders.append(Submit(expert, number, size, Cause.DEMAND))
         return tuple(orders)

@@ -134,6 +134,9 @@ class _LedgerPorts:
     def queue_state(self) -> QueueState:
         return self.pump.state(self.timeline.host_s)
 
+    def link_totals(self) -> tuple[int, float]:
+        return self.pump.issued_bytes, self.pump.busy_s
+
     def order(self, orders: Sequence[Order]) -> None:
         for order in orders:
             if isinstance(order, Submit):

@@ -79,7 +79,7 @@ def test_foresight_helps_the_more_the_better_it_is() -> None:
     ]
     assert times[2] < times[1] < times[0]
     blind = run(trace_of(5, passes=150), "prescope", prefetch=False).measured_s
-    assert times[2] < 0.93 * blind
+    assert times[2] < 0.97 * blind
 
 
 def test_a_predictor_that_is_always_wrong_costs_next_to_nothing() -> None:

@@ -26,8 +26,9 @@ DECODE_PROMPT_TOKENS = 512
 PREFILL_CHUNKS = 2
 
 COLLECTED_SEED = 1000
-COLLECTED = {1: 24, 4: 16, 16: 8, 64: 8}
-"""Finished requests, or batches of them, that MoE-Infinity has seen, by batch."""
+COLLECTED = {1: 24, 4: 12, 16: 6, 64: 6}
+COLLECTED_PASSES = {1: 40, 4: 24, 16: 12, 64: 8}
+"""Finished requests, or batches of them, that MoE-Infinity has seen, and their lengths."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Lengths:
 
 
 LENGTHS = {
-    1: Lengths(32, 16, 64),
-    4: Lengths(16, 12, 40),
-    16: Lengths(12, 8, 24),
-    64: Lengths(8, 4, 12),
+    1: Lengths(16, 16, 40),
+    4: Lengths(10, 8, 24),
+    16: Lengths(6, 4, 14),
+    64: Lengths(4, 2, 8),
 }
 
 
@@ -100,7 +101,7 @@ def collected(routing: str, batch: int) -> Collection:
         chat = synthetic_trace(
             statistics,
             seed=COLLECTED_SEED + number,
-            passes=LENGTHS[batch].measured,
+            passes=COLLECTED_PASSES[batch],
             batch=batch,
             prompt_tokens=max(1, DECODE_PROMPT_TOKENS // batch),
             layers=layers,

@@ -15,4 +15,6 @@ def load_request(options: argparse.Namespace) -> LoadRequest:
         cache_fraction=options.cache_fraction,
         vram_bytes=options.vram,
         link_bytes_per_s=options.link_bytes_per_s,
+        eviction=options.eviction,
+        prediction=not options.no_prediction,
     )
