@@ -59,10 +59,11 @@ class Device(Protocol):
         """Return the context in which a forward pass runs on the compute stream."""
         ...
 
-    def begin_layer(self, tokens: int, predictor_bytes: int = 0) -> None:
+    def begin_layer(self, tokens: int, predictor_bytes: int = 0, forwards: int = 1) -> None:
         """Note that a MoE layer of `tokens` rows starts; its routing has reached the host.
 
-        `predictor_bytes` of weights were read to guess what comes next.
+        `predictor_bytes` of weights were read to guess what comes next. The rows are those of
+        `forwards` sequences, each of which ran its own forward up to here.
         """
         ...
 

@@ -79,7 +79,7 @@ class CudaDevice:
         context: AbstractContextManager[object] = torch.cuda.stream(self._streams[Stream.COMPUTE])
         return context
 
-    def begin_layer(self, tokens: int, predictor_bytes: int = 0) -> None:
+    def begin_layer(self, tokens: int, predictor_bytes: int = 0, forwards: int = 1) -> None:
         """Real time needs no charging; the caller's read of the routing was the wait."""
 
     def copy(

@@ -113,12 +113,12 @@ class EmulatedDevice:
     def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def begin_layer(self, tokens: int, predictor_bytes: int = 0) -> None:
+    def begin_layer(self, tokens: int, predictor_bytes: int = 0, forwards: int = 1) -> None:
         with self._lock:
             if not self._virtual:
                 lag_from_s = time.perf_counter() - LAG_TOLERANCE_S
                 self._ledger.host_s = max(self._ledger.host_s, lag_from_s)
-            self._ledger.layer(tokens, predictor_bytes)
+            self._ledger.layer(tokens, predictor_bytes, forwards)
         self._pace()
 
     def copy(

@@ -35,7 +35,7 @@ class HostDevice:
     def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def begin_layer(self, tokens: int, predictor_bytes: int = 0) -> None:
+    def begin_layer(self, tokens: int, predictor_bytes: int = 0, forwards: int = 1) -> None:
         """Nothing is charged here."""
 
     def copy(

@@ -255,7 +255,8 @@ class Executor:
         self._heat.use(layer, step.demands, self.residency.token)
         if self._observe is not None:
             self._observe(layer, step)
-        self._device.begin_layer(tokens, 0 if predictor is None else predictor.weight_bytes)
+        read_bytes = 0 if predictor is None else predictor.weight_bytes
+        self._device.begin_layer(tokens, read_bytes, len(parts))
         self._rows, self._demands = rows, step.demands
         finished = False
         try:

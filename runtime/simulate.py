@@ -86,7 +86,7 @@ def simulate(
             policy.look_ahead = controller.begin_pass(now_s, forward.tokens, prompt)
         begin_pass(residency, ports, forward.tokens, forward.span, forward.predictions)
         for layer, step in enumerate(forward.layers):
-            ports.open_layer(forward.tokens, step)
+            ports.open_layer(forward, step)
             run_layer(residency, ports, layer, forward.tokens, step)
     ports.timeline.wait_for_compute()
     stalls = tuple(residency.stall_s_by_layer)
@@ -113,8 +113,8 @@ class _LedgerPorts:
         self._step = LayerStep({})
         self._free_s: dict[int, float] = {}
 
-    def open_layer(self, tokens: int, step: LayerStep) -> None:
-        self.timeline.layer(tokens, self._predictor_bytes)
+    def open_layer(self, forward: ForwardPass, step: LayerStep) -> None:
+        self.timeline.layer(forward.tokens, self._predictor_bytes, forward.forwards)
         self._step = step
 
     def counted(self, unused_bytes: int) -> Counters:

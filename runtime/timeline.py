@@ -23,15 +23,18 @@ class Timeline:
         self.copy_free_s = start_s
         self.compute_free_s = start_s
 
-    def layer(self, tokens: int, extra_bytes: int = 0) -> None:
+    def layer(self, tokens: int, extra_bytes: int = 0, forwards: int = 1) -> None:
         """Charge a layer's host work and dense compute, then wait for it: routing needs it.
 
-        `extra_bytes` more weights are read on the way, such as a predictor's.
+        `extra_bytes` more weights are read on the way, such as a predictor's. Sequences that each
+        run a forward of their own pay for host and dense work apart.
         """
         profile = self._profile
-        self.host_s += profile.host_layer_s.value
-        dense = profile.device_layer_s.value + extra_bytes / profile.device_bytes_per_s.value
-        self._compute(dense * (1 + (tokens - 1) / profile.device_tokens_per_pass.value))
+        self.host_s += profile.host_layer_s.value * forwards
+        dense = profile.device_layer_s.value
+        more_tokens = (tokens - forwards) / profile.device_tokens_per_pass.value
+        extra_s = extra_bytes / profile.device_bytes_per_s.value
+        self._compute(dense * (forwards + more_tokens) + extra_s)
         self.host_s = max(self.host_s, self.compute_free_s)
 
     def copy_waits(self, until_s: float) -> None:

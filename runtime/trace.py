@@ -53,13 +53,15 @@ class ForwardPass:
     """One forward pass: `tokens` rows through every MoE layer, `span` of them one after another.
 
     `span` is 1 in decode, whatever the batch, and the chunk's length in a prompt: how far time,
-    counted in tokens, moves on. `predictions` were made from the tokens, before layer 0.
+    counted in tokens, moves on. `predictions` were made from the tokens, before layer 0. The rows
+    go through the dense layers in `forwards` calls, one where sequences are batched there.
     """
 
     tokens: int
     layers: tuple[LayerStep, ...]
     predictions: tuple[Prediction, ...] = ()
     span: int = 1
+    forwards: int = 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def _pass_to_json(forward: ForwardPass) -> dict[str, Any]:
     return {
         "t": forward.tokens,
         "s": forward.span,
+        "f": forward.forwards,
         "p": _predictions_to_json(forward.predictions),
         "l": [
             [
@@ -134,7 +137,8 @@ def _pass_from_json(value: dict[str, Any]) -> ForwardPass:
         )
         for demands, predictions, recency in value["l"]
     )
-    return ForwardPass(value["t"], layers, _predictions_from_json(value["p"]), value["s"])
+    predictions = _predictions_from_json(value["p"])
+    return ForwardPass(value["t"], layers, predictions, value["s"], value.get("f", 1))
 
 
 def _predictions_to_json(predictions: Sequence[Prediction]) -> list[Any]:

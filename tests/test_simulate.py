@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -143,3 +144,13 @@ def test_prescope_uses_host_time_to_copy_ahead() -> None:
     charged_s = len(trace) * LAYERS * 0.002
     assert heavy.total_s - lean.total_s < charged_s
     assert heavy.counters.served_prefetch_in_time > lean.counters.served_prefetch_in_time
+
+
+def test_sequences_with_forwards_of_their_own_pay_for_them_apart() -> None:
+    machine = emulated_profile()
+    trace = trace_of(6, passes=20, tokens=4)
+    apart = [replace(forward, forwards=4) for forward in trace]
+    once, four = run(trace, "on-demand", EXPERTS), run(apart, "on-demand", EXPERTS)
+    dense_s = machine.device_layer_s.value * (3 - 3 / machine.device_tokens_per_pass.value)
+    more_s = machine.host_layer_s.value * 3 + dense_s
+    assert four.total_s - once.total_s == pytest.approx(len(trace) * LAYERS * more_s, rel=1e-4)
