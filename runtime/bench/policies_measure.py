@@ -24,12 +24,7 @@ from runtime.policy_table import make_oracle, make_policy
 from runtime.scheduler import Costs
 from runtime.simulate import Simulated, simulate
 
-CHUNKS_PER_EXPERT = 16
-"""What a policy that copies nothing ahead is simulated with at most: chunks let demands overtake
-prefetches, so without prefetches their size changes nothing but the time a cell takes."""
-
 Settings = Mapping[str, Any]
-
 
 MOE_INFINITY, ORACLE = "moe-infinity", "oracle"
 
@@ -140,7 +135,8 @@ class _Bench:
         policy = self._policy(name, settings)
         chunk_bytes = chunk_bytes_for(self._profile.link_bytes_per_s.value)
         if not policy.copies_ahead:
-            chunk_bytes = max(chunk_bytes, self._setup.layer_bytes[0] // CHUNKS_PER_EXPERT)
+            # Chunks let demands overtake prefetches; without prefetches an expert may stay whole.
+            chunk_bytes = max(chunk_bytes, *self._setup.layer_bytes)
         simulated = simulate(
             self._session.passes,
             self._profile,

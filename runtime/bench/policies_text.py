@@ -125,7 +125,7 @@ def _moved(row: Row) -> str:
     settings = ",".join(map(str, row["settings"].values()))
     name = f"{row['policy']}[{settings}]" if settings else row["policy"]
     return (
-        f"       {name:28} {row['tokens_per_s']:9.1f} tok/s, hits {row['hit_rate']:.2f}, link "
+        f"       {name:34} {row['tokens_per_s']:9.1f} tok/s, hits {row['hit_rate']:.2f}, link "
         f"{row['link_busy_share']:.2f}, CPU {row['cpu_busy_share']:.2f}, stall "
         f"{1e3 * row['stall_s']:.2f} ms; "
         + ", ".join(f"{cause} {size:.3g}" for cause, size in moved.items())
