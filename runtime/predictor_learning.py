@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.predictor_heads import Heads, score
 from runtime.predictor_memory import Memory
-from runtime.predictor_online import Correction, fit_curve, learn, recalled
+from runtime.predictor_online import Correction, Trial, fit_curve, learn, recalled
 from runtime.predictor_slots import Slot
 
 _MIN_ROWS_FOR_CURVES = 64
@@ -64,24 +64,68 @@ def judge(slot: Slot, looks: Looks, fresh: int) -> None:
             slot.learned_curve = fit_curve(learned, looks.chosen, slot.learned_curve)
 
 
-def correct(slot: Slot, looks: Looks) -> bool:
-    """Learn a correction of the prediction in use; return whether a better one was found."""
-    if slot.shadow.learned_on:
-        if looks.learned is None:
-            return False
-        start = None if slot.head_bias is None else Correction(slot.head_bias)
-        slope = slot.learned_curve.slope
-        made = learn(looks.learned, looks.x, looks.chosen, start, _as_they_are, slope, False)
-        if made is not None:
-            slot.head_bias = made.bias
-        return made is not None
-    if looks.reuse is None or slot.view is None:
+def correct(slot: Slot, looks: Looks, fresh: int) -> bool:
+    """Try or learn a correction of the prediction in use; return whether what is used changed.
+
+    The newest `fresh` tokens judge the one on probation, which has not seen them; then it is used,
+    dropped or kept waiting. Where none is on probation, one is learned.
+    """
+    learned_on = slot.shadow.learned_on
+    raw = looks.learned if learned_on else looks.reuse
+    if raw is None or not fresh:
         return False
-    slope, scored = slot.reuse_curve.slope, slot.view.scored
-    made = learn(looks.reuse, looks.x, looks.chosen, slot.correction, scored, slope, True)
-    if made is not None:
+    if slot.trial is None:
+        slot.trial = _learned(slot, looks, raw)
+        return False
+    now, x, chosen = _in_use(slot), looks.x[-fresh:], looks.chosen[-fresh:]
+    plain = raw[-fresh:]
+    tried, used = (
+        recalled(_scored(slot, plain, x, one), chosen, slot.top_k)
+        for one in (slot.trial.correction, now)
+    )
+    slot.trial.add(tried, used)
+    verdict = slot.trial.verdict
+    if verdict is None:
+        return False
+    made, slot.trial = slot.trial.correction, None
+    if verdict and learned_on:
+        slot.head_bias = made.bias
+    elif verdict:
         slot.correction = made
-    return made is not None
+    else:
+        slot.trial = _learned(slot, looks, raw)
+    return verdict
+
+
+def _learned(slot: Slot, looks: Looks, raw: Tensor) -> Trial | None:
+    """Learn a correction from all tokens kept; a router's matrix is corrected too, a head's not."""
+    learned_on = slot.shadow.learned_on
+    made = learn(
+        raw,
+        looks.x,
+        looks.chosen,
+        _in_use(slot),
+        lambda logits: _ranked_by(slot, logits),
+        slot.curve.slope,
+        not learned_on,
+    )
+    return None if made is None else Trial(made)
+
+
+def _in_use(slot: Slot) -> Correction | None:
+    if slot.shadow.learned_on:
+        return None if slot.head_bias is None else Correction(slot.head_bias)
+    return slot.correction
+
+
+def _ranked_by(slot: Slot, logits: Tensor) -> Tensor:
+    if slot.shadow.learned_on or slot.view is None:
+        return logits
+    return slot.view.scored(logits)
+
+
+def _scored(slot: Slot, raw: Tensor, x: Tensor, correction: Correction | None) -> Tensor:
+    return _ranked_by(slot, raw if correction is None else raw + correction.added(x))
 
 
 def study(
@@ -101,13 +145,11 @@ def study(
             return
         looks = look(memory, slot, heads, residual)
         before = slot.shadow.learned_on
-        judge(slot, looks, min(fresh, len(looks.chosen)))
-        changed = correct(slot, looks)
-        yield slot if changed or slot.shadow.learned_on != before else None
-
-
-def _as_they_are(logits: Tensor) -> Tensor:
-    return logits
+        judge(slot, looks, fresh)
+        flipped = slot.shadow.learned_on != before
+        if flipped:
+            slot.trial = None  # it was to correct the other prediction
+        yield slot if correct(slot, looks, fresh) or flipped else None
 
 
 def _corrected(slot: Slot, looks: Looks) -> tuple[Tensor | None, Tensor | None]:

@@ -1,8 +1,8 @@
 """Learning from live tokens, whose routing labels every guess for free: never in the hot loop.
 
 A correction is a bias and a low-rank change of the router's matrix, learned in idle time on the
-tokens last seen and kept only if it guesses better on the newest of them, which it did not learn
-from. It folds into the matrix that is multiplied anyway, so it costs nothing at inference.
+tokens last seen and used only after it has guessed better on tokens that came later. It folds into
+the matrix that is multiplied anyway, so it costs nothing at inference.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from runtime.predictor_ranking import Curve, margins
 RANK = 8
 STEPS = 40
 RATE = 0.02
-_CHECKED_SHARE = 0.25
 _MIN_ROWS = 64
+_MIN_TRIAL_TOKENS, _MAX_TRIAL_TOKENS = 64, 1024
+_SURE_ERRORS = 2.5
+_MIN_GAIN = 0.005
 _ROUNDS_OF_NEWTON = 8
 
 
@@ -60,10 +62,10 @@ def learn(
     slope: float,
     low_rank: bool,
 ) -> Correction | None:
-    """Return a correction that guesses better than `start` on the newest rows, or None.
+    """Return a correction that fits these rows better than `start`; None if they are too few.
 
     Args:
-        logits: (rows, experts) without any correction, oldest row first, in float32.
+        logits: (rows, experts) without any correction, in float32.
         x: (rows, hidden), what they were computed from.
         chosen: (rows, k), the experts that were routed.
         start: the correction in use.
@@ -74,43 +76,61 @@ def learn(
     rows, experts = logits.shape
     if rows < _MIN_ROWS:
         return None
-    learned, k = rows - int(rows * _CHECKED_SHARE), chosen.shape[1]
     with torch.inference_mode(mode=False), torch.enable_grad():
         # Copies, since tensors made in inference mode cannot take part in learning.
         logits, x, chosen = logits.float().clone(), x.float().clone(), chosen.clone()
-        wanted = torch.zeros_like(logits).scatter_(1, chosen, 1.0 / k)
+        wanted = torch.zeros_like(logits).scatter_(1, chosen, 1.0 / chosen.shape[1])
         now = start or Correction(torch.zeros(experts, device=logits.device))
         bias = now.bias.clone().requires_grad_()
         weights = [bias]
         up, down = now.up, now.down
         if low_rank:
             if up is None or down is None:
-                spread = x[:learned] - x[:learned].mean(0)
-                directions = torch.linalg.svd(spread, full_matrices=False)[2][:RANK]
+                directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:RANK]
                 up, down = torch.zeros(experts, len(directions), device=x.device), directions
             up = up.clone().requires_grad_()
             weights.append(up)
-        step = max(float(logits.std()), 1e-6) * RATE
-        optimizer = torch.optim.Adam(weights, lr=step)
+        optimizer = torch.optim.Adam(weights, lr=max(float(logits.std()), 1e-6) * RATE)
         for _ in range(STEPS):
             tried = Correction(bias, up, down)
-            scores = scored(logits[:learned] + tried.added(x[:learned]))
-            loss = -(torch.log_softmax(scores * slope, dim=1) * wanted[:learned]).sum(1).mean()
+            scores = scored(logits + tried.added(x))
+            loss = -(torch.log_softmax(scores * slope, dim=1) * wanted).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    with torch.no_grad():
-        made = Correction(bias.detach(), None if up is None else up.detach(), down)
-        before = recalled(scored(logits[learned:] + now.added(x[learned:])), chosen[learned:], k)
-        after = recalled(scored(logits[learned:] + made.added(x[learned:])), chosen[learned:], k)
-        return made if surely_better(after, before) else None
+    return Correction(bias.detach(), None if up is None else up.detach(), down)
 
 
-def surely_better(after: Tensor, before: Tensor, margin: float = 0.0) -> bool:
-    """Say whether rows got better by more than `margin` plus a standard error of the mean."""
-    gain = after - before - margin
-    error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else float("inf")
-    return float(gain.mean()) > error
+@dataclass
+class Trial:
+    """A correction on probation: how much more it would have recalled than what is in use.
+
+    Only tokens it has not learned from count, those of later answers: tokens of one answer are
+    alike, and what fits them may not fit the next.
+    """
+
+    correction: Correction
+    tokens: int = 0
+    gain: float = 0.0
+    gain_squared: float = 0.0
+
+    def add(self, after: Tensor, before: Tensor) -> None:
+        """Take in both recalls (rows,) on tokens not seen before."""
+        gain = (after - before).double()
+        self.tokens += len(gain)
+        self.gain += float(gain.sum())
+        self.gain_squared += float(gain.square().sum())
+
+    @property
+    def verdict(self) -> bool | None:
+        """True if it surely is better, False if it surely is not or took too long, else None."""
+        if self.tokens < _MIN_TRIAL_TOKENS:
+            return None
+        mean = self.gain / self.tokens
+        error = (max(0.0, self.gain_squared / self.tokens - mean * mean) / self.tokens) ** 0.5
+        if mean > max(_SURE_ERRORS * error, _MIN_GAIN):
+            return True
+        return False if mean <= 0.0 or self.tokens >= _MAX_TRIAL_TOKENS else None
 
 
 def fit_curve(scores: Tensor, chosen: Tensor, start: Curve) -> Curve:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.predictor_heads import Heads
-from runtime.predictor_online import Correction
+from runtime.predictor_online import Correction, Trial
 from runtime.predictor_ranking import Curve
 from runtime.predictor_reuse import DISTANCES, RouterView, folded, folded_from_residual
 from runtime.predictor_shadow import Running, Shadow
@@ -27,8 +27,8 @@ class Slot:
 
     Where `reusable`, its router `view` is asked on what the router `source` sees (None: on the
     token's embedding). `correction` is learned on top of that, `head_bias` (experts,) on top of
-    the learned head. The curves turn each one's scores into probabilities; `first_curve` is the
-    reused router's before anything was measured.
+    the learned head; `trial` is what may replace the one in use. The curves turn each one's scores
+    into probabilities; `first_curve` is the reused router's before anything was measured.
     """
 
     layer: int
@@ -43,6 +43,7 @@ class Slot:
     first_curve: Curve = Curve(1.0, 0.0)
     correction: Correction | None = None
     head_bias: Tensor | None = None
+    trial: Trial | None = None
     shadow: Shadow = field(default_factory=lambda: Shadow(Running(), Running()))
 
     @property
@@ -97,7 +98,7 @@ class Slot:
     def forget(self) -> None:
         """Drop what was learned here, and all evidence."""
         self.reuse_curve, self.learned_curve = self.first_curve, Curve(1.0, 0.0)
-        self.correction = self.head_bias = None
+        self.correction = self.head_bias = self.trial = None
         self.shadow = Shadow(Running(), Running())
 
 

@@ -60,7 +60,7 @@ def test_the_floor_over_seeds_is_met_in_every_group(result: dict[str, Any]) -> N
 
 def test_figures_of_a_row_agree_with_each_other(result: dict[str, Any]) -> None:
     for row in result["layers"]:
-        for name in ("router_reuse", "learned", "learned_online"):
+        for name in ("router_reuse", "router_reuse_online", "learned", "learned_online"):
             figures = row[name]
             assert figures["recall_at_k"] <= figures["recall_at_2k"]
             assert figures["precision_at_2k"] == pytest.approx(figures["recall_at_2k"] / 2)

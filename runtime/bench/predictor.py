@@ -1,7 +1,7 @@
 """`bench predictor`: how well the next layers' experts are guessed, on chats nothing learned from.
 
-Three predictors are replayed on the same held-out chats: router reuse alone, with the learned heads
-that ship, and as in the app, learning between answers. Means are over the layers that are guessed
+The same held-out chats are replayed with router reuse and with the learned heads that ship, each as
+it is and as in the app, learning between answers. Means are over the layers that are guessed
 from a layer; the first two layers, guessed from tokens, are told apart.
 """
 
@@ -39,7 +39,7 @@ IDLE_S = 60.0  # enough for all there is to learn, so that the figures do not de
 TIMED_TOKENS = 40
 TARGETS = {"1": 0.80, "2": 0.72}
 MAX_SHARE = 0.01
-_VARIANTS = ("router_reuse", "learned", "learned_online")
+_VARIANTS = ("router_reuse", "router_reuse_online", "learned", "learned_online")
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -78,6 +78,9 @@ def _measure(
     with tempfile.TemporaryDirectory() as learned:
         predictors: dict[str, Predictor] = {
             "router_reuse": Predictor(survey.views, survey.embedding, dtype),
+            "router_reuse_online": LearningPredictor(
+                survey.views, survey.embedding, dtype, None, None
+            ),
             "learned": LearningPredictor(survey.views, survey.embedding, dtype, folder, None),
             "learned_online": LearningPredictor(
                 survey.views, survey.embedding, dtype, folder, Path(learned)
@@ -85,7 +88,7 @@ def _measure(
         }
         for name, predictor in predictors.items():
             say(f"Replaying {name.replace('_', ' ')}\n")
-            idle_s = IDLE_S if name == "learned_online" else 0.0
+            idle_s = IDLE_S if name.endswith("_online") else 0.0
             tallies[name] = replay(predictor, readings, slots, idle_s)
         ours = predictors["learned_online"]
         own_s, token_s = _time(opened, ours, readings)
@@ -99,9 +102,14 @@ def _measure(
         "summary": {
             "recall_at_k": _means(tallies["learned_online"], "recall_at_k"),
             "router_reuse_recall_at_k": _means(tallies["router_reuse"], "recall_at_k"),
+            "router_reuse_online_recall_at_k": _means(
+                tallies["router_reuse_online"], "recall_at_k"
+            ),
             "learned_recall_at_k": _means(tallies["learned"], "recall_at_k"),
             "recall_at_2k": _means(tallies["learned_online"], "recall_at_2k"),
             "recall_from_tokens": _from_tokens(tallies["learned_online"]),
+            "router_reuse_recall_from_tokens": _from_tokens(tallies["router_reuse"]),
+            "router_reuse_online_recall_from_tokens": _from_tokens(tallies["router_reuse_online"]),
             "recall_of_misses": _means(tallies["learned_online"], "recall_of_misses"),
             "router_reuse_recall_of_misses": _means(tallies["router_reuse"], "recall_of_misses"),
             "precision": _means(tallies["learned_online"], "precision_of_misses"),
@@ -122,13 +130,14 @@ def tell(result: dict[str, Any]) -> str:
     lines = [
         f"{result['decoded_tokens']} decoded tokens of {result['chats']} held-out chats, a cache of"
         f" {result['cache_fraction']:.0%} of the experts.",
-        "layer distance  reuse@k learned@k online@k   @2k  misses  precision  in use",
+        "layer distance  reuse@k online@k learned@k online@k   @2k  misses  precision  in use",
     ]
     for row in result["layers"]:
-        reuse, learned, online = (row.get(name) for name in _VARIANTS)
+        reuse, reuse_online, learned, online = (row.get(name) for name in _VARIANTS)
         lines.append(
             f"{row['layer']:5} {row['distance']:8}  {_part(reuse, 'recall_at_k')}"
-            f"  {_part(learned, 'recall_at_k')}    {_part(online, 'recall_at_k')}"
+            f"    {_part(reuse_online, 'recall_at_k')}"
+            f"    {_part(learned, 'recall_at_k')}    {_part(online, 'recall_at_k')}"
             f"  {_part(online, 'recall_at_2k')}   {_part(online, 'recall_of_misses')}"
             f"     {_part(online, 'precision_of_misses')}  {row['in_use']}"
         )
