@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.__main__ import main
-from runtime.bench import policies_measure
+from runtime.bench import policies_live, policies_measure
 from runtime.bench.policies import ABLATIONS, tell
 from runtime.bench.policies_bound import bound_s
 from runtime.bench.policies_cells import (
@@ -161,7 +161,8 @@ def random_passes(draw: random.Random, layers: int, experts: int) -> list[Forwar
             )
             for layer, demands in enumerate(wanted)
         )
-        passes.append(ForwardPass(tokens, steps, (guess(0, 1),), tokens if tokens == 40 else 1))
+        span, forwards = (40, 1) if tokens == 40 else (1, draw.randint(1, tokens))
+        passes.append(ForwardPass(tokens, steps, (guess(0, 1),), span, forwards))
     return passes
 
 
@@ -352,3 +353,28 @@ def test_a_policy_that_beats_the_bound_stops_the_bench(
     error = json.loads(capfd.readouterr().out)["error"]
     assert error["type"] == "BoundError"
     assert "layer-stream" in error["message"]
+
+
+def test_the_live_bench_answers_several_at_a_time_in_modelled_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies_live, "POLICIES", ("prescope", "hybrid", "on-demand"))
+    monkeypatch.setattr(policies_live, "BATCHES", (1, 3))
+    monkeypatch.setattr(policies_live, "QUESTIONS", policies_live.QUESTIONS[:3])
+    monkeypatch.setattr(policies_live, "NEW_TOKENS", 8)
+    monkeypatch.setattr(policies_live, "WARM_QUESTIONS", 1)
+    result = bench(capfd, "--live")
+    told = {(row["batch"], row["policy"]): row for row in result["live"]}
+    assert set(told) == {
+        (batch, name) for batch in (1, 3) for name in ("prescope", "hybrid", "on-demand")
+    }
+    for (batch, _), row in told.items():
+        assert row["emulated"]
+        assert row["tokens_per_pass"] == batch
+        assert row["tokens_per_s"] > 0
+    for batch in (1, 3):
+        rivals = [told[batch, name] for name in ("hybrid", "on-demand")]
+        assert max(row["ratio_to_best_rival"] for row in rivals) == 1.0
+        # Misses cost more over this link than on this CPU.
+        assert rivals[0]["tokens_per_s"] > rivals[1]["tokens_per_s"]
+    assert "emulated" in tell(result)

@@ -34,7 +34,7 @@ def bound_s(
     more: list[Floats] = []
     for forward in passes:
         for step, size_bytes in zip(forward.layers, layer_bytes, strict=True):
-            layer_s = _layer_s(step, forward.tokens, profile, size_bytes)
+            layer_s = _layer_s(step, forward, profile, size_bytes)
             least_s += float(layer_s[0])
             more.append(np.diff(layer_s))
     # Each layer's seconds are convex in its CPU experts, so the cheapest increments overall are
@@ -46,7 +46,9 @@ def bound_s(
     return float(np.maximum(on_cpu_s, loads * load_s).min())
 
 
-def _layer_s(step: LayerStep, tokens: int, profile: HardwareProfile, size_bytes: int) -> Floats:
+def _layer_s(
+    step: LayerStep, forward: ForwardPass, profile: HardwareProfile, size_bytes: int
+) -> Floats:
     """Return the least seconds of a layer with 0, 1, ... all of its experts on the CPU."""
     counts = np.sort(np.fromiter(step.demands.values(), np.float64, len(step.demands)))
     device = _work_s(
@@ -58,9 +60,10 @@ def _layer_s(step: LayerStep, tokens: int, profile: HardwareProfile, size_bytes:
     # The call's cost is spread over all experts of the layer: that keeps the sum convex, and low.
     cpu += profile.cpu_call_s.value / max(1, len(counts))
     on_device_s = device.sum() - np.concatenate(([0.0], np.cumsum(device[::-1])))
-    on_host_s = profile.host_layer_s.value + np.concatenate(([0.0], np.cumsum(cpu)))
-    dense_s = profile.device_layer_s.value
-    dense_s *= 1 + (tokens - 1) / profile.device_tokens_per_pass.value
+    host_s = profile.host_layer_s.value * forward.forwards
+    on_host_s = host_s + np.concatenate(([0.0], np.cumsum(cpu)))
+    more_tokens = (forward.tokens - forward.forwards) / profile.device_tokens_per_pass.value
+    dense_s = profile.device_layer_s.value * (forward.forwards + more_tokens)
     layer_s: Floats = dense_s + np.maximum(on_device_s, on_host_s)
     return layer_s
 

@@ -3,7 +3,7 @@
 A run is a short session. An earlier chat fills the caches, then the measured one begins with its
 prompt. Decode cells measure tokens after that prompt and a few more; prefill cells measure two
 chunks of the prompt itself, with the slots as the earlier chat left them. Only a model's first
-layers are generated.
+layers are generated. A pass is one forward: the dense layers of a batch are batched too.
 """
 
 from __future__ import annotations

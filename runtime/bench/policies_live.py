@@ -106,17 +106,18 @@ def tell_live(rows: Sequence[dict[str, Any]]) -> str:
 def serve(engine: Engine, batch: int) -> dict[str, Any]:
     """Answer all questions, `batch` at a time; return the speed and the counters of decoding."""
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
-    # The list twice: what joins late must not decode alone while the last answers run out.
     waiting = deque(enumerate((*QUESTIONS, *QUESTIONS)))
     running: list[Generation] = []
     tokens, seconds, passes = 0, 0.0, 0
     device, executor = engine.parts.device, engine.parts.executor
     gained: Counters | None = None
-    while waiting:
+    while True:
         running = [one for one in running if not one.over]
         while waiting and len(running) < batch:
             number, text = waiting.popleft()
             running.append(engine.submit(f"bench {number}", [Message("user", text)], params))
+        if len(running) < batch:
+            break  # the last answers would decode alone
         decodes = not any(one.prefilling for one in running)
         warm = len(QUESTIONS) * 2 - len(waiting) - len(running) >= WARM_QUESTIONS
         before, before_s = sum(one.timing.new_tokens for one in running), device.now_s()
