@@ -51,6 +51,7 @@ class _Seen:
     rest: tuple[Any, ...]
     named: dict[str, Any]
     candidates: list[nn.Module]
+    batched: bool
     experts_input: Tensor | None = None
 
 
@@ -88,7 +89,8 @@ def _watch(model: Any, layers: Sequence[MoeLayer]) -> dict[int, _Seen]:
             if args and isinstance(args[0], Tensor):
                 rows = args[0].reshape(-1, args[0].shape[-1])
                 made = [m for m, out in reversed(recent) if _same_rows(out, rows)]
-                seen[index] = _Seen(rows.clone(), args[1:], dict(named), made)
+                batched = args[0].dim() == 3
+                seen[index] = _Seen(rows.clone(), args[1:], dict(named), made, batched)
 
         return note
 
@@ -134,7 +136,9 @@ def _view(layer: MoeLayer, seen: _Seen | None) -> tuple[RouterView | None, str]:
         return None, "no root-mean-square norm makes its router's input"
     x = _random_rows(_ROWS, width, seen.router_input) * gain.to(seen.router_input.dtype)
     try:
-        chosen = layer.router.forward(x, *seen.rest, **seen.named)[2]
+        asked = x.unsqueeze(0) if seen.batched else x
+        chosen = layer.router.forward(asked, *seen.rest, **seen.named)[2]
+        chosen = chosen.reshape(_ROWS, -1)
         wanted = torch.zeros(_ROWS, layer.experts, device=x.device).scatter_(1, chosen, 1.0)
     except REFUSALS as error:
         return None, f"its router cannot be asked: {error!s:.200}"
@@ -168,8 +172,8 @@ def _fitting_view(
     matrices = [p for p in layer.router.parameters() if tuple(p.shape) == (layer.experts, width)]
     # Some routers are handed their bias by the block that owns it.
     own = (*layer.router.parameters(), *layer.router.buffers(), *seen.rest, *seen.named.values())
-    tensors = {id(t): t for t in own if isinstance(t, Tensor) and t.shape == (layer.experts,)}
-    rows: list[Tensor | None] = [None, *tensors.values()]
+    tensors = {id(t): t for t in own if isinstance(t, Tensor) and t.numel() == layer.experts}
+    rows: list[Tensor | None] = [None, *(t.detach().reshape(-1) for t in tensors.values())]
     best, best_view = 0.0, None
     for weight, scoring, selection, bias in product(matrices, SCORINGS, rows, rows):
         if scoring == "softmax" and selection is None:

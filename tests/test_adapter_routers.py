@@ -111,7 +111,8 @@ def test_the_same_families_without_groups_have_a_view_with_their_correction(
         assert view is not None
         assert view.scoring == "sigmoid"
         correction = layer.router.e_score_correction_bias  # type: ignore[union-attr]
-        assert view.selection_bias is correction
+        assert view.selection_bias is not None
+        assert torch.equal(view.selection_bias, correction)  # type: ignore[arg-type]
 
 
 def test_the_bias_inside_a_router_is_told_from_one_on_its_scores(tmp_path: Path) -> None:
@@ -120,7 +121,8 @@ def test_the_bias_inside_a_router_is_told_from_one_on_its_scores(tmp_path: Path)
     opened.store.close()
     assert view is not None
     assert (view.scoring, view.selection_bias) == ("logits", None)
-    assert view.bias is opened.layers[0].router.bias  # type: ignore[union-attr]
+    assert view.bias is not None
+    assert torch.equal(view.bias, opened.layers[0].router.bias)  # type: ignore[union-attr, arg-type]
 
 
 class _Centering(nn.Module):
@@ -143,6 +145,19 @@ def test_another_kind_of_norm_means_no_view_and_says_so(tmp_path: Path) -> None:
     assert survey.views[0] is not None
     assert survey.views[1] is None
     assert "norm" in survey.reasons[1]
+
+
+@pytest.mark.parametrize("family", ["afmoe", "ernie4_5_moe"])
+def test_routers_of_other_habits_are_understood_too(family: str, tmp_path: Path) -> None:
+    """One wants its rows in a batch, the other keeps its correction as a matrix of one row."""
+    write_checkpoint(
+        tiny(family, **({"n_group": 1, "topk_group": 1} if family == "afmoe" else {})), tmp_path
+    )
+    opened = load(tmp_path)
+    survey = survey_routers(opened.model, opened.layers)
+    opened.store.close()
+    assert survey.reasons == ("", "")
+    assert all(view is not None and view.selection_bias is not None for view in survey.views)
 
 
 def test_half_precision_does_not_hide_a_router(tmp_path: Path) -> None:
