@@ -368,6 +368,6 @@ class LoadRequest:
     cache_fraction: float | None = None
     vram_bytes: int | None = None
     link_bytes_per_s: float | None = None
+    emulated: EmulatedMachine = field(default_factory=EmulatedMachine)
     eviction: str | None = None
     prediction: bool = True
-    emulated: EmulatedMachine = field(default_factory=EmulatedMachine)

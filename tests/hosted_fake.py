@@ -153,7 +153,7 @@ def assemble(
     return FakeEngine(request.model, publish)
 
 
-def snapshot(model: str, policy: str, prediction: bool) -> TelemetrySnapshot:
+def snapshot(model: str, policy: str, prediction: bool = True) -> TelemetrySnapshot:
     return TelemetrySnapshot(
         sequence=1,
         emulated=False,
