@@ -56,7 +56,9 @@ class MoeInfinityTracer:
         collection: Collection | None = None,
     ) -> None:
         self.layers, self.experts = layers, experts
-        self.collection = collection or Collection(2 * layers, experts, capacity)
+        if collection is None:
+            collection = Collection(2 * layers, experts, capacity)
+        self.collection = collection
         assert (self.collection.rows, self.collection.experts) == (2 * layers, experts)
         self.changes = 0
         self._level = level

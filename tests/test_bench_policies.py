@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.__main__ import main
+from runtime.activation_tracing import MoeInfinityTracer
 from runtime.bench import policies_live, policies_measure
 from runtime.bench.policies import ABLATIONS, tell
 from runtime.bench.policies_bound import bound_s
@@ -37,6 +39,7 @@ from runtime.bench.policies_cells import (
     machines,
     quick_cells,
 )
+from runtime.bench.policies_chats import COLLECTED, collected
 from runtime.bench.policies_measure import RIVALS, CellResults, Result
 from runtime.bench.policies_models import MODELS
 from runtime.bench.policies_summary import TARGETS, rows, summary, targets
@@ -215,6 +218,22 @@ def test_the_bound_falls_with_slots_and_with_either_rail() -> None:
     assert by_slots[0] > by_slots[-1]
     assert least_s(8, "pcie3x4", "cpu55") > least_s(8, "pcie5x16", "cpu55")
     assert least_s(8, "pcie4x16", "cpu25") > least_s(8, "pcie4x16", "cpu75")
+
+
+def test_moe_infinity_starts_with_what_other_chats_left_and_leaves_that_alone() -> None:
+    collection = collected("OLMoE", 16)
+    assert len(collection) == COLLECTED[16]
+    layers, experts = collection.rows // 2, collection.experts
+    prompts, decoding = (collection.entry(0)[part] for part in (slice(layers), slice(layers, None)))
+    assert prompts.sum() == pytest.approx(layers)
+    assert decoding.sum() == pytest.approx(layers)
+    tracer = MoeInfinityTracer(layers, experts, collection=deepcopy(collection))
+    tracer.begin_request()
+    tracer.begin_pass(prompt=False)
+    tracer.routed(0, dict.fromkeys(range(8), 1))
+    assert tracer.matched() is not None
+    tracer.end_request()
+    assert len(tracer.collection) == len(collection) + 1
 
 
 def made(cell: Cell, speeds: dict[str, float], busy: float = 0.2) -> CellResults:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from runtime.activation_tracing import CAPACITY, MoeInfinityTracer
-from runtime.activation_tracing_collection import Collection
+from runtime.activation_tracing import CAPACITY
+from runtime.activation_tracing_collection import ActivationMatrix, Collection
 from runtime.bench.policies_cells import Cell
 from runtime.bench.policies_models import MODELS
 from runtime.synthetic import STATISTICS, synthetic_trace
@@ -28,7 +28,8 @@ PREFILL_CHUNKS = 2
 COLLECTED_SEED = 1000
 COLLECTED = {1: 24, 4: 12, 16: 6, 64: 6}
 COLLECTED_PASSES = {1: 40, 4: 24, 16: 12, 64: 8}
-"""Finished requests, or batches of them, that MoE-Infinity has seen, and their lengths."""
+COLLECTED_PROMPT_TOKENS = 128
+"""Finished requests, or batches of them, that MoE-Infinity has seen, by batch; their lengths."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,20 @@ def collected(routing: str, batch: int) -> Collection:
     statistics = STATISTICS[routing]
     layers = min(SIMULATED_LAYERS, statistics.layers)
     collection = Collection(2 * layers, statistics.experts, CAPACITY)
-    tracer = MoeInfinityTracer(layers, statistics.experts, collection=collection)
     for number in range(COLLECTED[batch]):
         chat = synthetic_trace(
             statistics,
             seed=COLLECTED_SEED + number,
             passes=COLLECTED_PASSES[batch],
             batch=batch,
-            prompt_tokens=max(1, DECODE_PROMPT_TOKENS // batch),
+            prompt_tokens=max(2, COLLECTED_PROMPT_TOKENS // batch),
             layers=layers,
             predictions=False,
         )
-        tracer.begin_request()
+        matrix = ActivationMatrix(2 * layers, statistics.experts)
         for forward in chat.passes:
-            tracer.begin_pass(prompt=forward.span > 1)
+            first = 0 if forward.span > 1 else layers  # rows of prompts come first
             for layer, step in enumerate(forward.layers):
-                tracer.routed(layer, step.demands)
-        tracer.end_request()
+                matrix.add(first + layer, step.demands)
+        collection.add(matrix)
     return collection
