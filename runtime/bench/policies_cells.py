@@ -44,7 +44,7 @@ PAPER_RESIDENCIES = {
     "Qwen3-30B-A3B bf16": (0.25, 0.37),
 }
 PAPER_BATCHES = (4, 16, 64)
-FULL_SHARE = 8
+FULL_SHARE = 24
 """`--full` keeps every cell of the cross whose hash is 0 modulo this."""
 
 
