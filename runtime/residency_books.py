@@ -23,6 +23,7 @@ class Books:
     def expect(self, predictions: Sequence[Prediction]) -> None:
         """Remember who was predicted, to say later which misses could have been foreseen."""
         for prediction in predictions:
+            self.counters.guesses += len(prediction.guesses)
             named = self._expected.setdefault(prediction.layer, set())
             named.update(guess.expert for guess in prediction.guesses)
 

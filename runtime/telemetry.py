@@ -34,6 +34,7 @@ class Counters:
     link_bytes_failed: int = 0
     link_bytes_pending: int = 0
     copies_failed: int = 0
+    guesses: int = 0
     misses_predicted: int = 0
     prefetches: int = 0
     prefetches_used: int = 0
@@ -75,9 +76,9 @@ class Counters:
     @property
     def predictor_recall(self) -> float | None:
         """Share of the uses that found nothing resident, but for prefetching, whose expert had
-        been predicted; None before the first."""
+        been predicted; None where nothing was guessed."""
         missed = self.routed - self.served_resident
-        return self.misses_predicted / missed if missed else None
+        return self.misses_predicted / missed if missed and self.guesses else None
 
     @property
     def predictor_precision(self) -> float | None:
