@@ -64,15 +64,20 @@ def simulate(
     predictor_bytes: int = 0,
     warm_passes: int = 0,
     controller: Controller | None = None,
+    preload: Sequence[ExpertId] = (),
 ) -> Simulated:
-    """Run a trace's passes on the modelled machine of `profile` from a cold cache.
+    """Run a trace's passes on the modelled machine of `profile`.
 
-    `predictor_bytes` are the weights that a predictor reads per layer; they are charged to the
-    device where the policy predicts. A `controller` decides how far is copied ahead; without one
-    the policy's own choice stands.
+    The cache starts cold but for `preload`, at most as many experts as there are slots, which are
+    there before time begins. `predictor_bytes` are the weights that a predictor reads per layer;
+    they are charged to the device where the policy predicts. A `controller` decides how far is
+    copied ahead; without one the policy's own choice stands.
     """
     counters = Counters()
     residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
+    for expert in preload:
+        number, _ = residency.cache.reserve(expert, None, 0.0, prefetched=False)
+        residency.cache.landed(number)
     charged_bytes = predictor_bytes if policy.predicts else 0
     ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes)
     warm, warm_s = Counters(), 0.0

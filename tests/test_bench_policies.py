@@ -39,10 +39,11 @@ from runtime.bench.policies_cells import (
     machines,
     quick_cells,
 )
-from runtime.bench.policies_chats import COLLECTED, collected
+from runtime.bench.policies_chats import COLLECTED, collected, preloaded
 from runtime.bench.policies_measure import RIVALS, CellResults, Result
 from runtime.bench.policies_models import MODELS
 from runtime.bench.policies_summary import TARGETS, rows, summary, targets
+from runtime.core import ExpertId
 from runtime.machines import CARDS, CPUS, HOST_LAYER_S, LINKS, MACHINES, Machine
 from runtime.policy import PolicySetup
 from runtime.policy_table import make_oracle, make_policy
@@ -234,6 +235,17 @@ def test_moe_infinity_starts_with_what_other_chats_left_and_leaves_that_alone() 
     assert tracer.matched() is not None
     tracer.end_request()
     assert len(tracer.collection) == len(collection) + 1
+
+
+def test_slots_start_full_with_what_other_chats_used_most() -> None:
+    popular = preloaded("OLMoE", 16, 100, by_layer=False)
+    assert len(set(popular)) == 100
+    entry = collected("OLMoE", 16).entry(0)
+    kept = sum(entry[12 + layer, expert] for layer, expert in popular) / 12
+    assert kept > 1.5 * 100 / (12 * 64)  # of its uses, more than chance would keep
+    assert preloaded("OLMoE", 16, 70, by_layer=True) == [
+        ExpertId(*divmod(number, 64)) for number in range(70)
+    ]
 
 
 def made(cell: Cell, speeds: dict[str, float], busy: float = 0.2) -> CellResults:

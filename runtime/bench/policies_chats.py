@@ -1,9 +1,11 @@
 """The chats that a cell of `bench policies` replays, from the statistics of its model's routing.
 
-A run is a short session. An earlier chat fills the caches, then the measured one begins with its
-prompt. Decode cells measure tokens after that prompt and a few more; prefill cells measure two
-chunks of the prompt itself, with the slots as the earlier chat left them. Only a model's first
-layers are generated. A pass is one forward: the dense layers of a batch are batched too.
+A run is a short session. Slots start full, for nothing: with the experts that other chats used
+most, or layer by layer for policies that place whole layers. Then comes an earlier chat, and the
+measured one begins with its prompt. Decode cells measure tokens after that prompt and a few more;
+prefill cells measure two chunks of the prompt itself, with the slots as the earlier chat left
+them. Only a model's first layers are generated. A pass is one forward: the dense layers of a batch
+are batched too.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from runtime.activation_tracing import CAPACITY
 from runtime.activation_tracing_collection import ActivationMatrix, Collection
 from runtime.bench.policies_cells import Cell
 from runtime.bench.policies_models import MODELS
+from runtime.core import ExpertId
 from runtime.synthetic import STATISTICS, synthetic_trace
 from runtime.trace import ForwardPass
 
@@ -114,3 +119,14 @@ def collected(routing: str, batch: int) -> Collection:
                 matrix.add(first + layer, step.demands)
         collection.add(matrix)
     return collection
+
+
+def preloaded(routing: str, batch: int, slots: int, by_layer: bool) -> list[ExpertId]:
+    """Return what `slots` slots hold at first: the first layers' experts, or the most used."""
+    collection = collected(routing, batch)
+    layers, experts = collection.rows // 2, collection.experts
+    use = np.zeros(layers * experts)
+    for index in range(0 if by_layer else len(collection)):
+        use += collection.entry(index)[layers:].ravel()
+    chosen = np.argsort(-use, kind="stable")[:slots]
+    return [ExpertId(*divmod(int(number), experts)) for number in chosen]

@@ -1,6 +1,7 @@
 """One cell of `bench policies`: every policy on the same chats and machine, under virtual time.
 
-Every policy starts cold, sees the same passes and pays for the same warm-up (`policies_chats`).
+Every policy starts with full slots and sees the same passes, of which the first are not measured
+(`policies_chats`).
 Only a model's first layers are simulated; seconds and bytes are scaled by layers / simulated.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from runtime.activation_tracing import MoeInfinityTracer
 from runtime.bench.policies_bound import bound_s
 from runtime.bench.policies_cells import Cell
-from runtime.bench.policies_chats import collected, session_of
+from runtime.bench.policies_chats import collected, preloaded, session_of
 from runtime.bench.policies_models import MODELS
 from runtime.core import HardwareProfile
 from runtime.errors import PreScopeError
@@ -41,6 +42,9 @@ RIVALS: Mapping[str, Sequence[Settings]] = {
     MOE_INFINITY: ({},),
 }
 """The rivals and what is tried of each; the best in a cell is the rival's result there."""
+
+BY_LAYER = ("layer-stream", "static-split")
+"""Those that place whole layers."""
 
 PRESCOPE: Mapping[str, Sequence[Settings]] = {"prescope": ({},)}
 
@@ -123,6 +127,10 @@ class _Bench:
             Costs.of(self._profile),
         )
         self._collected = collected(model.routing, cell.batch)
+        self._preload = {
+            by_layer: preloaded(model.routing, cell.batch, self._setup.slots, by_layer)
+            for by_layer in (False, True)
+        }
         self._predictor_bytes = model.lookahead_bytes
         self._tokens = sum(forward.tokens for forward in session.measured)
         least_s = bound_s(
@@ -146,6 +154,7 @@ class _Bench:
             chunk_bytes,
             predictor_bytes=self._predictor_bytes,
             warm_passes=self._session.warm,
+            preload=self._preload[name in BY_LAYER],
         )
         return self._result(name, settings, simulated)
 
