@@ -106,11 +106,10 @@ def test_a_demand_overtakes_a_prefetch_within_the_chunks_on_the_stream(rig: Rig)
     rig.order(prefetch(0))
     rig.order(demand(1))
     rig.gate.set()
-    first = rig.wait_for(1)[0]
+    first, _ = rig.wait_for(2)  # both may have ended by the time anybody looks
     assert first.expert == ExpertId(0, 1)
     before = [c for c in rig.issued[: rig.issued.index(demand_chunk(rig))]]
     assert len(before) <= CHUNKS_IN_FLIGHT
-    rig.wait_for(1)
 
 
 def demand_chunk(rig: Rig) -> Chunk:
