@@ -17,8 +17,10 @@ from torch import Tensor
 
 from runtime.core import ExpertId, LoadProgress
 from runtime.errors import CancelledError, MemoryPlanError
-from runtime.formats import DTYPE_BYTES, ExpertFormat, Part
+from runtime.formats import DTYPE_BYTES, ExpertFormat, Matrix, Part
+from runtime.kernels import views
 from runtime.safetensors_files import SafetensorsFiles, TensorEntry
+from runtime.weight_forms import Codes, encode
 
 _SCRATCH_ITEMS = 2**20
 
@@ -43,7 +45,19 @@ class Conversion:
     convert: Callable[[Sequence[Tensor]], Tensor]
 
 
-Recipe = tuple[Piece | Conversion, ...]
+@dataclass(frozen=True)
+class Encoding:
+    """A quantised matrix with all its parts, unpacked from raw bytes of the files.
+
+    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), to keep.
+    """
+
+    matrix: Matrix
+    inputs: tuple[tuple[str, int, int], ...]
+    unpack: Callable[[Sequence[Tensor]], Codes]
+
+
+Recipe = tuple[Piece | Conversion | Encoding, ...]
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,9 @@ class _Filling:
         for step in recipe:
             if self._cancelled():
                 raise CancelledError("Loading was stopped.")
+            if isinstance(step, Encoding):
+                encode(step.unpack(self._raw(step)), step.matrix, views(target, layout))
+                continue
             part = parts[step.part]
             raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
             if isinstance(step, Conversion):
@@ -156,6 +173,13 @@ class _Filling:
         for begin in range(0, piece.items, _SCRATCH_ITEMS):
             items = min(_SCRATCH_ITEMS, piece.items - begin)
             place[begin : begin + items] = self._read(entry, piece.first + begin, items)
+
+    def _raw(self, step: Encoding) -> list[Tensor]:
+        inputs = []
+        for name, first, size in step.inputs:
+            inputs.append(torch.empty(size, dtype=torch.uint8))
+            self._files.read_into(name, first, bytes_in(inputs[-1]))
+        return inputs
 
     def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
         inputs = []
