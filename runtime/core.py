@@ -58,6 +58,7 @@ class HardwareProfile:
     the device consumes expert weights; `device_layer_s` is a layer's dense work for one token.
     `host_layer_s` is host time per MoE layer. `*_tokens_per_pass` is how many more tokens for one
     expert cost as much as reading its weights once more: below it work is bound by memory.
+    `disk_*` is what reading whole experts from the model's files costs, past the page cache.
     """
 
     device_kind: DeviceKind
@@ -77,6 +78,8 @@ class HardwareProfile:
     host_layer_s: Reading
     cpu_tokens_per_pass: Reading = Reading(16.0, "assumed")
     device_tokens_per_pass: Reading = Reading(256.0, "assumed")
+    disk_bytes_per_s: Reading = Reading(2e9, "assumed")
+    disk_call_s: Reading = Reading(1e-4, "assumed")
 
     @property
     def emulated(self) -> bool:
@@ -84,8 +87,29 @@ class HardwareProfile:
 
 
 @dataclass(frozen=True)
+class Transients:
+    """What a forward pass needs for a moment beside weights and KV, in bytes.
+
+    `token_bytes` per token of the chunk, `context_bytes` per token it attends to, `pair_bytes` per
+    pair of the two: attention scores, where no fused attention keeps them in registers.
+    """
+
+    token_bytes: int = 0
+    context_bytes: int = 0
+    pair_bytes: int = 0
+
+    def size_bytes(self, tokens: int, context_tokens: int) -> int:
+        """Return what `tokens` tokens need that attend to `context_tokens`, themselves included."""
+        pairs_bytes = tokens * context_tokens * self.pair_bytes
+        return tokens * self.token_bytes + context_tokens * self.context_bytes + pairs_bytes
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """The sizes a memory plan needs. `experts` has one entry per MoE layer."""
+    """The sizes a memory plan needs. `experts` has one entry per MoE layer.
+
+    `predictor_bytes` are the matrices on the device that guess the experts of later layers.
+    """
 
     name: str
     experts: tuple[int, ...]
@@ -94,6 +118,8 @@ class ModelShape:
     dense_bytes: int
     kv_bytes_per_token: int
     context_tokens: int
+    transients: Transients = Transients()
+    predictor_bytes: int = 0
 
     @property
     def layers(self) -> int:
@@ -106,7 +132,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where every byte of the device budget goes. The parts never exceed `budget_bytes`."""
+    """Where every byte of the device budget goes. The parts never exceed `budget_bytes`.
+
+    `ram_experts` is how many experts RAM holds at once; the others are read from the disk when
+    they are needed. None stands for all of them.
+    """
 
     budget_bytes: int
     dense_bytes: int
@@ -116,6 +146,7 @@ class MemoryPlan:
     reserve_bytes: int
     slots: int
     slot_bytes: int
+    ram_experts: int | None = None
 
     @property
     def slots_bytes(self) -> int:
@@ -125,6 +156,7 @@ class MemoryPlan:
     def used_bytes(self) -> int:
         return (
             self.dense_bytes
+            + self.predictor_bytes
             + self.kv_bytes
             + self.workspace_bytes
             + self.reserve_bytes
@@ -162,6 +194,9 @@ class GenerationStats:
     """One generation in figures; the same record in `chat --json`, the panel and the API.
 
     The five `served_*` add up to `routed`, which counts (layer, expert) uses per forward pass.
+    `disk_stall_s` is the part of `stall_s` spent on experts that RAM did not hold, `ram_hit_rate`
+    the share of experts looked for in RAM that were there (None: none was looked for) and
+    `ram_experts` how many RAM may hold (None: all).
     """
 
     emulated: bool
@@ -190,6 +225,10 @@ class GenerationStats:
     ram_used_bytes: int = 0
     cache_slots: int = 0
     cache_slots_used: int = 0
+    disk_bytes: int = 0
+    disk_stall_s: float = 0.0
+    ram_hit_rate: float | None = None
+    ram_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +301,7 @@ class TelemetrySnapshot:
     misses that had been predicted, `predictor_precision` the share of prefetches that were used.
     `verdict` is one sentence of the controller that measures whether prefetching pays here, and
     `trial_tokens_per_s` its pair of speeds, without and with. `stall_s_by_layer` is per token.
+    `disk_*` and `ram_*` are as in `GenerationStats`.
     """
 
     sequence: int
@@ -297,6 +337,11 @@ class TelemetrySnapshot:
     verdict: str = ""
     trial_tokens_per_s: tuple[float, float] | None = None
     stall_s_by_layer: tuple[float, ...] = ()
+    disk_bytes_per_s: float = 0.0
+    disk_bytes_total: int = 0
+    disk_stall_s_per_token: float = 0.0
+    ram_hit_rate: float | None = None
+    ram_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -338,8 +383,8 @@ SERVED = ("resident", "prefetch in time", "prefetch late", "on demand", "CPU")
 class EmulatedMachine:
     """The numbers of the emulated card; a person can change them in the settings.
 
-    A desktop with an RTX 4090 on PCIe 4.0 (25 GB/s over the link, 55 GB/s for experts on the CPU)
-    about eight times slower, for experts about 64 times smaller than those of a 30B model: the
+    A desktop with an RTX 4090 on PCIe 4.0 (25 GB/s over the link, 55 GB/s for experts on the CPU,
+    5 GB/s from its disk) about eight times slower, for experts about 64 times smaller than those of a 30B model: the
     ratios are kept, and modelled time dominates this machine's own.
     """
 
@@ -352,6 +397,8 @@ class EmulatedMachine:
     device_layer_s: float = 0.0006
     host_layer_s: float = 0.0008
     vram_bytes: int = 0
+    disk_bytes_per_s: float = 10e6
+    disk_call_s: float = 0.0004
 
 
 @dataclass(frozen=True)
