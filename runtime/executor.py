@@ -90,6 +90,7 @@ class Executor:
     ) -> None:
         self._device = device
         self._layers = tuple(layers)
+        self._maths = tuple(layer.math.reading(layer.format) for layer in layers)
         self._store = store
         self._observe = observe
         self._predictor = predictor
@@ -242,7 +243,7 @@ class Executor:
         began_s = time.perf_counter()
         pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
         launched_s = time.perf_counter()
-        math = self._layers[layer].math
+        math = self._maths[layer]
         rows = [open_rows(math, p.hidden_states, p.top_k_index, p.top_k_weights) for p in parts]
         opened_s = time.perf_counter()
         step = LayerStep(

@@ -8,14 +8,15 @@ the order in which experts became available never reaches the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from runtime.formats import ExpertFormat
+from runtime.formats import ExpertFormat, Matrix
+from runtime.weight_forms import dequantise, held
 
 Accumulate = Literal["hidden", "weights", "float32"]
 
@@ -27,7 +28,8 @@ class ExpertMath:
     `up` and `down` name the parts; `up_bias` and `down_bias` are None where the family has none.
     `activate` maps (t, up width) to (t, inner width). `normalize`, where a family has it, is
     applied to the expert's output. `accumulate` says in which dtype rows are added: that of the
-    hidden states, that of the routing weights, or float32. Thread-safe: nothing is kept.
+    hidden states, that of the routing weights, or float32. `matrices` are those that are held
+    quantised; `reading` sets them. Thread-safe: nothing is kept.
     """
 
     up: str
@@ -39,6 +41,11 @@ class ExpertMath:
     normalize: Callable[[Tensor], Tensor] | None = None
     in_float32: bool = False
     accumulate: Accumulate = "hidden"
+    matrices: tuple[Matrix, ...] = ()
+
+    def reading(self, layout: ExpertFormat) -> ExpertMath:
+        """Return the same arithmetic over weights that are held as `layout` says."""
+        return replace(self, matrices=layout.matrices)
 
     def row_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
         """Return the dtype of `rows` for hidden states and routing weights of these dtypes."""
@@ -55,12 +62,11 @@ class ExpertMath:
         """
         if self.in_float32:
             return self._rows_in_float32(parts, x, weights)
-        up, down = parts[self.up], parts[self.down]
-        inner = x @ up if self.transposed else linear(x, up)
+        inner = self._multiply(parts, self.up, x)
         if self.up_bias is not None:
             inner = inner + parts[self.up_bias]
         inner = self.activate(inner)
-        out = inner @ down if self.transposed else linear(inner, down)
+        out = self._multiply(parts, self.down, inner)
         if self.down_bias is not None:
             out = out + parts[self.down_bias]
         if self.normalize is not None:
@@ -69,15 +75,21 @@ class ExpertMath:
         return weighted.to(self.row_dtype(x.dtype, weights.dtype))
 
     def _rows_in_float32(self, parts: Mapping[str, Tensor], x: Tensor, weights: Tensor) -> Tensor:
-        wide = {name: part.float() for name, part in parts.items()}
-        inner = x.float() @ wide[self.up] if self.transposed else linear(x.float(), wide[self.up])
+        inner = self._multiply(parts, self.up, x.float())
         if self.up_bias is not None:
-            inner = inner + wide[self.up_bias]
+            inner = inner + parts[self.up_bias].float()
         inner = self.activate(inner).float()
-        out = inner @ wide[self.down] if self.transposed else linear(inner, wide[self.down])
+        out = self._multiply(parts, self.down, inner)
         if self.down_bias is not None:
-            out = out + wide[self.down_bias]
+            out = out + parts[self.down_bias].float()
         return out * weights.float()
+
+    def _multiply(self, parts: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+        for matrix in self.matrices:
+            if matrix.name == name:
+                return linear(x, dequantise(held(matrix, parts), x.dtype))
+        weight = parts[name].to(x.dtype)
+        return x @ weight if self.transposed else linear(x, weight)
 
 
 def combine(rows: Tensor, top_k_index: Tensor, dtype: torch.dtype) -> Tensor:

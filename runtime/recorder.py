@@ -110,7 +110,8 @@ def computing_in_place(
 
     def run(layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         launch(layer, hidden, top_k_index, top_k_weights)
-        rows = open_rows(layers[layer].math, hidden, top_k_index, top_k_weights)
+        math = layers[layer].math.reading(layers[layer].format)
+        rows = open_rows(math, hidden, top_k_index, top_k_weights)
         for expert in rows.demands:
             slab = store.bytes_of(ExpertId(layer, expert))
             rows.compute(expert, views(slab, layers[layer].format))

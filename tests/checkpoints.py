@@ -61,7 +61,8 @@ def attach_plain_runner(layers: tuple[MoeLayer, ...], store: ExpertStore) -> Non
     """Run experts in the plainest way that keeps the promise: from the store, one by one."""
 
     def run(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        math, layout = layers[layer].math, layers[layer].format
+        layout = layers[layer].format
+        math = layers[layer].math.reading(layout)
         dtype = math.row_dtype(hidden.dtype, weights.dtype)
         rows = torch.zeros((index.numel(), hidden.shape[-1]), dtype=dtype)
         for expert in index.unique().tolist():

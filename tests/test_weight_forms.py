@@ -1,0 +1,95 @@
+"""Quantised matrices: what is written is what is read, and what is computed from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear, silu
+
+from runtime.kernels import ExpertMath, views
+from runtime.weight_forms import MXFP4_VALUES, Codes, dequantise, held
+from tests.weight_codes import FORMS, laid_out, random_codes
+
+SHAPES = [(16, 32), (64, 128), (80, 96), (256, 64), (48, 320)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_codes_come_back_as_they_were_written(name: str, shape: tuple[int, int]) -> None:
+    codes = random_codes(FORMS[name], shape)
+    layout, flat = laid_out({"w": codes}, {})
+    back = held(layout.matrices[0], views(flat, layout))
+    assert back.form == codes.form
+    assert torch.equal(back.codes.view(torch.uint8), codes.codes.view(torch.uint8))
+    assert torch.equal(back.scales, codes.scales)
+    assert (back.zeros is None) == (codes.zeros is None)
+    if codes.zeros is not None and back.zeros is not None:
+        assert torch.equal(back.zeros, codes.zeros)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_dequantise_is_what_the_form_says_number_by_number(name: str) -> None:
+    form = FORMS[name]
+    codes = random_codes(form, (16, 64))
+    matrix = dequantise(codes, torch.float32)
+    columns = form.columns or 64
+    for row in range(16):
+        for column in range(0, 64, 7):
+            code = codes.codes[row, column].item()
+            value = code - 8 if form.kind == "int4" else code
+            if form.kind == "mxfp4":
+                value = MXFP4_VALUES[int(code)]
+            block = (row // form.rows, column // columns)
+            expected = torch.tensor(value, dtype=torch.float32) * codes.scales[block]
+            if codes.zeros is not None:
+                expected = expected + codes.zeros[block]
+            assert matrix[row, column] == expected
+
+
+def math_of(transposed: bool, biases: bool, in_float32: bool = False) -> ExpertMath:
+    def activate(inner: torch.Tensor) -> torch.Tensor:
+        gate, up = inner.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    return ExpertMath(
+        "up",
+        "down",
+        "up_bias" if biases else None,
+        "down_bias" if biases else None,
+        transposed,
+        activate,
+        in_float32=in_float32,
+    )
+
+
+def plain_rows(
+    math: ExpertMath, up: Codes, down: Codes, plain: dict[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """The same expert from dequantised matrices, in float32."""
+    inner = linear(x.float(), dequantise(up, torch.float32), plain.get("up_bias"))
+    inner = math.activate(inner)
+    return linear(inner, dequantise(down, torch.float32), plain.get("down_bias"))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("family", ["plain", "transposed with biases", "in float32"])
+@pytest.mark.parametrize("name", FORMS)
+@torch.inference_mode()
+def test_rows_are_those_of_the_dequantised_matrices(name: str, family: str, tokens: int) -> None:
+    hidden, width = 64, 96
+    biases = "biases" in family
+    math = math_of("transposed" in family, biases, "float32" in family)
+    up = random_codes(FORMS[name], (2 * width, hidden), 1)
+    down = random_codes(FORMS[name], (hidden, width), 2)
+    generator = torch.Generator().manual_seed(3)
+    plain = {}
+    if biases:
+        plain["up_bias"] = torch.randn(2 * width, generator=generator)
+        plain["down_bias"] = torch.randn(hidden, generator=generator)
+    layout, flat = laid_out({"up": up, "down": down}, plain)
+    x = torch.randn((tokens, hidden), generator=generator)
+    weights = torch.rand((tokens, 1), generator=generator)
+    actual = math.reading(layout).rows(views(flat, layout), x, weights)
+    expected = plain_rows(math, up, down, plain, x) * weights
+    assert expected.std() > 0.01, "rows of nothing prove nothing"
+    assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
