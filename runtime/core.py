@@ -59,6 +59,7 @@ class HardwareProfile:
     `host_layer_s` is host time per MoE layer. `*_tokens_per_pass` is how many more tokens for one
     expert cost as much as reading its weights once more: below it work is bound by memory.
     `disk_*` is what reading whole experts from the model's files costs, past the page cache.
+    `pinnable_bytes` is how much host memory the system lets be pinned, None where nobody knows.
     """
 
     device_kind: DeviceKind
@@ -80,6 +81,7 @@ class HardwareProfile:
     device_tokens_per_pass: Reading = Reading(256.0, "assumed")
     disk_bytes_per_s: Reading = Reading(2e9, "assumed")
     disk_call_s: Reading = Reading(1e-4, "assumed")
+    pinnable_bytes: int | None = None
 
     @property
     def emulated(self) -> bool:
@@ -132,7 +134,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where every byte of the device budget goes. The parts never exceed `budget_bytes`.
+    """Where every byte goes. The parts never exceed `budget_bytes`, nor RAM's `ram_budget_bytes`.
+
+    `kv_tokens` are shared by all sequences; one of them may have `context_tokens` (0: all of
+    them). `prefill_bytes` is the part of the workspace that the chunks of a prompt may use.
+    `ram_device_bytes` are the device's parts where the device is this computer itself. `notes`
+    are sentences for a person.
 
     `ram_experts` is how many experts RAM holds at once; the others are read from the disk when
     they are needed. None stands for all of them.
@@ -147,6 +154,15 @@ class MemoryPlan:
     slots: int
     slot_bytes: int
     ram_experts: int | None = None
+    predictor_bytes: int = 0
+    context_tokens: int = 0
+    prefill_bytes: int = 0
+    ram_budget_bytes: int = 0
+    ram_device_bytes: int = 0
+    ram_reserve_bytes: int = 0
+    ram_experts_bytes: int = 0
+    pinned_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def slots_bytes(self) -> int:
