@@ -131,6 +131,8 @@ _CHECKS: dict[str, Check | dict[str, Check]] = {
         "device_layer_s": _DELAY,
         "host_layer_s": _DELAY,
         "vram_bytes": _number(0, _TERA, whole=True),
+        "disk_bytes_per_s": _RATE,
+        "disk_call_s": _DELAY,
     },
     "cache_fraction": _optional(_number(0.0, 1.0)),
     "vram_bytes": _optional(_number(0, _TERA, whole=True)),

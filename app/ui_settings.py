@@ -186,6 +186,8 @@ def _emulated() -> dict[str, Field]:
         ("host_layer_s", "Host time per layer (ms)", 1e-3),
         ("link_call_s", "Start of a copy (ms)", 1e-3),
         ("cpu_call_s", "Start of CPU work (ms)", 1e-3),
+        ("disk_bytes_per_s", "Disk (MB/s)", MEGA),
+        ("disk_call_s", "Start of a read (ms)", 1e-3),
         ("vram_bytes", "VRAM (MB), 0: planned", MEGA),
     ):
         number = gr.Number(label=label, minimum=0, elem_id=f"set-{name}", min_width=120)

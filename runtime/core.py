@@ -400,8 +400,8 @@ class EmulatedMachine:
     """The numbers of the emulated card; a person can change them in the settings.
 
     A desktop with an RTX 4090 on PCIe 4.0 (25 GB/s over the link, 55 GB/s for experts on the CPU,
-    5 GB/s from its disk) about eight times slower, for experts about 64 times smaller than those of a 30B model: the
-    ratios are kept, and modelled time dominates this machine's own.
+    5 GB/s from its disk) about eight times slower, for experts about 64 times smaller than those of
+    a 30B model: the ratios are kept, and modelled time dominates this machine's own.
     """
 
     link_bytes_per_s: float = 50e6

@@ -53,6 +53,8 @@ def emulated_profile(machine: EmulatedMachine, ram: Memory) -> HardwareProfile:
         device_bytes_per_s=reading(machine.device_bytes_per_s),
         device_layer_s=reading(machine.device_layer_s),
         host_layer_s=reading(machine.host_layer_s),
+        disk_bytes_per_s=reading(machine.disk_bytes_per_s),
+        disk_call_s=reading(machine.disk_call_s),
     )
 
 
