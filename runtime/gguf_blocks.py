@@ -1,0 +1,175 @@
+"""What the blocks of GGUF tensors mean, as `Codes`: every number of the file, none rounded.
+
+The layouts are those of ggml's quantised types. Each block's scale (and minimum) becomes a
+float32; all products that ggml forms from its float16 and small integers fit one exactly, and so
+does the zero of a four-bit block unless its scale and minimum lie 2 ** 4 or more apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.formats import Form
+from runtime.gguf_header import BLOCKS
+from runtime.weight_forms import Codes, dequantise
+
+FORMS = {
+    "Q4_0": Form("int4", 1, 32),
+    "Q4_1": Form("int4", 1, 32, zeros=True),
+    "Q4_K": Form("int4", 1, 32, zeros=True),
+    "Q8_0": Form("int8", 1, 32),
+    "Q5_K": Form("int8", 1, 32, zeros=True),
+    "Q6_K": Form("int8", 1, 16),
+    "MXFP4": Form("mxfp4", 1, 32),
+}
+_DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_ROWS_ITEMS = 2**22
+
+
+def common_form(kinds: Sequence[str]) -> Form:
+    """Return the narrowest form that holds matrices of all these types exactly."""
+    forms = [FORMS[kind] for kind in kinds]
+    same = all(form.kind == forms[0].kind for form in forms)
+    return Form(
+        forms[0].kind if same else "int8",
+        1,
+        min(form.columns for form in forms),
+        zeros=any(form.zeros for form in forms),
+    )
+
+
+def unpack(kind: str, raw: Tensor, columns: int) -> Codes:
+    """Return the matrix (rows, columns) whose blocks of type `kind` are `raw`, uint8, flat."""
+    per_block, block_bytes = BLOCKS[kind]
+    codes, scales, zeros = _UNPACK[kind](raw.view(-1, block_bytes))
+    per_scale = FORMS[kind].columns
+    assert columns % per_block == 0, (kind, columns)
+    return Codes(
+        FORMS[kind],
+        codes.reshape(-1, columns),
+        scales.reshape(-1, columns // per_scale),
+        None if zeros is None else zeros.reshape(-1, columns // per_scale),
+    )
+
+
+def widened(codes: Codes, form: Form) -> Codes:
+    """Return the same numbers in `form`, one that `common_form` returned for their type."""
+    if codes.form == form:
+        return codes
+    numbers, scales, zeros = codes.codes, codes.scales, codes.zeros
+    if form.kind == "int8" and codes.form.kind == "int4":
+        numbers = numbers.to(torch.int8) - 8
+    elif form.kind == "int8" and codes.form.kind == "mxfp4":
+        numbers = torch.tensor(_DOUBLED_E2M1, dtype=torch.int8)[numbers.long()]
+        scales = scales / 2
+    if form.zeros and zeros is None:
+        zeros = torch.zeros_like(scales)
+    times = codes.form.columns // form.columns
+    if times > 1:
+        scales = scales.repeat_interleave(times, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(times, 1)
+    return Codes(form, numbers, scales, zeros)
+
+
+def stacked(matrices: Sequence[Codes], interleaved: bool) -> Codes:
+    """Put the rows of matrices of one form and shape below each other, or in turns."""
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors, 1).flatten(0, 1) if interleaved else torch.cat(tensors)
+
+    zeros = [codes.zeros for codes in matrices if codes.zeros is not None]
+    return Codes(
+        matrices[0].form,
+        join([codes.codes for codes in matrices]),
+        join([codes.scales for codes in matrices]),
+        join(zeros) if zeros else None,
+    )
+
+
+def numbers_of(kind: str, raw: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (rows, columns) that `raw` stands for, each number rounded once."""
+    per_block, block_bytes = BLOCKS[kind]
+    rows = raw.view(-1, columns // per_block * block_bytes)
+    matrix = torch.empty((len(rows), columns), dtype=dtype)
+    step = max(1, _ROWS_ITEMS // columns)
+    for begin in range(0, len(rows), step):
+        piece = rows[begin : begin + step].flatten()
+        matrix[begin : begin + step] = dequantise(unpack(kind, piece, columns), dtype)
+    return matrix
+
+
+_Unpacked = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _half(blocks: Tensor, begin: int) -> Tensor:
+    """Return a float16 of every block as float32 (blocks, 1)."""
+    return blocks[:, begin : begin + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Return the low halves of the bytes of a run, and then its high halves."""
+    return torch.cat((packed & 15, packed >> 4), -1)
+
+
+def _q4_0(blocks: Tensor) -> _Unpacked:
+    return _nibbles(blocks[:, 2:]), _half(blocks, 0), None
+
+
+def _q4_1(blocks: Tensor) -> _Unpacked:
+    scale = _half(blocks, 0)
+    return _nibbles(blocks[:, 4:]), scale, 8 * scale + _half(blocks, 2)
+
+
+def _q8_0(blocks: Tensor) -> _Unpacked:
+    return blocks[:, 2:].contiguous().view(torch.int8), _half(blocks, 0), None
+
+
+def _mxfp4(blocks: Tensor) -> _Unpacked:
+    exponents = blocks[:, :1].double() - 127
+    # 255 stands for no number in the format's own definition of its scales.
+    scales = torch.where(exponents == 128, torch.nan, torch.exp2(exponents)).float()
+    return _nibbles(blocks[:, 1:]), scales, None
+
+
+def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K: 6 bits each, packed."""
+    first, second, third = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
+    scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), 1)
+    minima = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), 1)
+    return _half(blocks, 0) * scales, _half(blocks, 2) * minima
+
+
+def _q4_k(blocks: Tensor) -> _Unpacked:
+    scales, minima = _scales_and_minima(blocks)
+    return _nibbles(blocks[:, 16:].unflatten(1, (4, 32))), scales, 8 * scales - minima
+
+
+def _q5_k(blocks: Tensor) -> _Unpacked:
+    scales, minima = _scales_and_minima(blocks)
+    low = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32)
+    bits = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    high = (blocks[:, 16:48].unsqueeze(1) >> bits) & 1
+    return (low | (high << 4)).to(torch.int8), scales, -minima
+
+
+def _q6_k(blocks: Tensor) -> _Unpacked:
+    low = _nibbles(blocks[:, :128].unflatten(1, (2, 64)))
+    bits = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> bits) & 3
+    numbers = (low | (high.flatten(2) << 4)).to(torch.int8) - 32
+    scales = blocks[:, 192:208].contiguous().view(torch.int8)
+    return numbers, _half(blocks, 208) * scales, None
+
+
+_UNPACK = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
+}

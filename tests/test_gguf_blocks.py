@@ -1,0 +1,138 @@
+"""GGUF blocks: every number equal to what two other programs make of the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers.integrations.gguf import dequant
+
+from runtime import gguf_blocks
+from runtime.formats import Matrix, lay_out
+from runtime.gguf_blocks import FORMS, common_form, numbers_of, stacked, unpack, widened
+from runtime.kernels import views
+from runtime.weight_forms import dequantise, encode, held, parts_of
+from tests.gguf_writer import QUANTISED, TYPES, random_blocks
+
+ROWS, COLUMNS = 6, 768
+
+
+def raw_of(kind: str, seed: int = 0) -> Tensor:
+    """Blocks like those of real files: scales of one size, any bits."""
+    blocks = random_blocks(kind, (ROWS, COLUMNS), torch.Generator().manual_seed(seed))
+    return torch.frombuffer(bytearray(blocks.content), dtype=torch.uint8)
+
+
+def wild(kind: str, seed: int = 0) -> Tensor:
+    """Blocks of any bits at all whose scales are finite."""
+    generator = torch.Generator().manual_seed(seed)
+    _, numbers, block_bytes, scales = TYPES[kind]
+    shape = (ROWS * COLUMNS // numbers, block_bytes)
+    raw = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    for offset in scales:
+        raw[:, offset + 1] &= 0xBB  # No exponent of all ones: that is infinity or no number.
+    if kind == "MXFP4":
+        raw[:, 0].clamp_(2, 250)
+    return raw.flatten()
+
+
+def expected(kind: str, raw: Tensor) -> Tensor:
+    """Return what somebody else's code makes of the blocks."""
+    if kind == "MXFP4":
+        return _mxfp4(raw)
+    return dequant.dequantize(raw, TYPES[kind][0]).view(-1, COLUMNS)
+
+
+def _mxfp4(raw: Tensor) -> Tensor:
+    """One number after another, as ggml's documentation of the type has it."""
+    doubled = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+    numbers = []
+    for block in raw.view(-1, 17).tolist():
+        nibbles = [byte & 15 for byte in block[1:]] + [byte >> 4 for byte in block[1:]]
+        numbers += [doubled[nibble] * 2.0 ** (block[0] - 128) for nibble in nibbles]
+    return torch.tensor(numbers, dtype=torch.float64).float().view(-1, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_all_numbers_are_those_of_the_file(kind: str) -> None:
+    for raw in (raw_of(kind), raw_of(kind, 1)):
+        codes = unpack(kind, raw, COLUMNS)
+        assert codes.codes.shape == (ROWS, COLUMNS)
+        numbers = dequantise(codes, torch.float32)
+        assert 0.01 < numbers.std() < 0.1
+        assert torch.equal(numbers, expected(kind, raw))
+        assert torch.equal(numbers_of(kind, raw, COLUMNS, torch.float32), numbers)
+        rounded = numbers_of(kind, raw, COLUMNS, torch.bfloat16)
+        assert torch.equal(rounded, expected(kind, raw).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_any_bits_at_all_stay_within_one_rounding_of_the_zero(kind: str) -> None:
+    raw = wild(kind)
+    codes = unpack(kind, raw, COLUMNS)
+    numbers, exact = dequantise(codes, torch.float32), expected(kind, raw)
+    if codes.zeros is None or codes.form.kind == "int8":
+        assert torch.equal(numbers, exact)
+        return
+    zeros = codes.zeros.repeat_interleave(32, 1).abs()
+    assert ((numbers - exact).abs() <= 2.0**-23 * torch.maximum(zeros, exact.abs())).all()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_the_reference_notices_a_changed_bit(kind: str) -> None:
+    raw = raw_of(kind)
+    raw[-1] ^= 8
+    numbers = dequantise(unpack(kind, raw_of(kind), COLUMNS), torch.float32)
+    assert not torch.equal(numbers, expected(kind, raw))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_the_gguf_package_reads_the_same_numbers(kind: str) -> None:
+    quants = pytest.importorskip("gguf.quants", reason="the gguf package is not installed")
+    types = pytest.importorskip("gguf").GGMLQuantizationType
+    raw = raw_of(kind)
+    rows = raw.view(ROWS, -1).numpy()
+    theirs = quants.dequantize(np.ascontiguousarray(rows), types[kind])
+    numbers = dequantise(unpack(kind, raw, COLUMNS), torch.float32)
+    assert torch.equal(numbers, torch.from_numpy(theirs))
+
+
+@pytest.mark.parametrize("kinds", list(itertools.combinations(QUANTISED, 2)), ids="-".join)
+def test_matrices_of_two_types_share_a_form_without_losing_a_bit(kinds: tuple[str, str]) -> None:
+    form = common_form(kinds)
+    raws = [raw_of(kind, seed) for seed, kind in enumerate(kinds)]
+    wide = [widened(unpack(k, raw, COLUMNS), form) for k, raw in zip(kinds, raws, strict=True)]
+    matrix = Matrix("m", (2 * ROWS, COLUMNS), form)
+    layout = lay_out(parts_of(matrix), [matrix])
+    separate = [expected(kind, raw) for kind, raw in zip(kinds, raws, strict=True)]
+    for interleaved in (False, True):
+        flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+        encode(stacked(wide, interleaved), matrix, views(flat, layout))
+        numbers = dequantise(held(matrix, views(flat, layout)), torch.float32)
+        gate, up = (numbers[0::2], numbers[1::2]) if interleaved else numbers.chunk(2)
+        assert torch.equal(gate, separate[0])
+        assert torch.equal(up, separate[1])
+
+
+def test_no_type_needs_a_wider_form_than_its_own() -> None:
+    for kind, form in FORMS.items():
+        assert common_form([kind]) == common_form([kind, kind]) == form
+    assert common_form(["Q4_0", "Q4_K"]).kind == "int4"
+
+
+def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = raw_of("Q5_K")
+    whole = numbers_of("Q5_K", raw, COLUMNS, torch.bfloat16)
+    sizes = []
+
+    def watched(kind: str, raw: Tensor, columns: int) -> gguf_blocks.Codes:
+        sizes.append(raw.numel())
+        return unpack(kind, raw, columns)
+
+    monkeypatch.setattr(gguf_blocks, "unpack", watched)
+    monkeypatch.setattr(gguf_blocks, "_ROWS_ITEMS", 2 * COLUMNS)
+    assert torch.equal(numbers_of("Q5_K", raw, COLUMNS, torch.bfloat16), whole)
+    assert len(sizes) == 3
