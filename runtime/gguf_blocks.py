@@ -136,7 +136,7 @@ def _mxfp4(blocks: Tensor) -> _Unpacked:
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K: 6 bits each, packed."""
-    first, second, third = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
+    first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), 1)
     minima = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), 1)
     return _half(blocks, 0) * scales, _half(blocks, 2) * minima
@@ -144,19 +144,19 @@ def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(blocks: Tensor) -> _Unpacked:
     scales, minima = _scales_and_minima(blocks)
-    return _nibbles(blocks[:, 16:].unflatten(1, (4, 32))), scales, 8 * scales - minima
+    return _nibbles(blocks[:, 16:].view(-1, 4, 32)), scales, 8 * scales - minima
 
 
 def _q5_k(blocks: Tensor) -> _Unpacked:
     scales, minima = _scales_and_minima(blocks)
-    low = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32)
+    low = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
     bits = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
     high = (blocks[:, 16:48].unsqueeze(1) >> bits) & 1
     return (low | (high << 4)).to(torch.int8), scales, -minima
 
 
 def _q6_k(blocks: Tensor) -> _Unpacked:
-    low = _nibbles(blocks[:, :128].unflatten(1, (2, 64)))
+    low = _nibbles(blocks[:, :128].view(-1, 2, 64))
     bits = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> bits) & 3
     numbers = (low | (high.flatten(2) << 4)).to(torch.int8) - 32
