@@ -6,6 +6,7 @@ PreScopeError                 everything a person may be shown; carries the next
 │   ├── ModelFilesError       files are missing, damaged or hostile
 │   └── UnsupportedModelError the family or format is not one we can run
 ├── MemoryPlanError           the model does not fit the stated budget
+├── DiskError                 a disk has no room or refuses to be written
 ├── RequestError              a generation request that cannot be served as asked
 │   ├── ContextLengthError    the prompt is longer than the context
 │   └── TemplateError         the chat template refused or failed
@@ -54,6 +55,10 @@ class UnsupportedModelError(ModelError):
 
 class MemoryPlanError(PreScopeError):
     """The model does not fit the stated budget."""
+
+
+class DiskError(PreScopeError):
+    """A disk has no room for what is to be kept on it, or refuses to be written."""
 
 
 class RequestError(PreScopeError):
