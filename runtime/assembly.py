@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from runtime.core import HardwareProfile, PolicyName
+    from runtime.core import HardwareProfile, ModelShape, PolicyName
     from runtime.engine import Engine
+    from runtime.hot_experts import HotExperts
     from runtime.loader import LoadedModel
     from runtime.predictor_open import LearningPredictor
 
@@ -93,6 +94,7 @@ def assemble(
         policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
         # Figures of a virtual clock must not depend on what this machine learned.
         learned = None if virtual_clock else data_dir() / PREDICTORS_FOLDER
+        predictor = _predictor(loaded, folder, learned) if plan.slots else None
         executor = Executor(
             device,
             loaded.layers,
@@ -101,10 +103,15 @@ def assemble(
             plan.slots,
             policy,
             virtual_clock=virtual_clock,
-            predictor=_predictor(loaded, folder, learned) if plan.slots else None,
+            predictor=predictor,
             eviction=request.eviction,
+            hot=_hot_experts(loaded.shape, predictor, learned),
         )
+        undo.callback(executor.close)
         executor.set_prediction(request.prediction)
+        read_bytes = loaded.store.ram_bytes
+        progress(LoadProgress("Filling the expert cache", read_bytes, read_bytes))
+        executor.preload(cancelled)
         undo.pop_all()
 
     def close() -> None:
@@ -151,6 +158,17 @@ def _predictor(loaded: LoadedModel, folder: Path, learned: Path | None) -> Learn
     for notice in predictor.notices:
         log.warning("%s", notice)
     return predictor
+
+
+def _hot_experts(
+    shape: ModelShape, predictor: LearningPredictor | None, learned: Path | None
+) -> HotExperts:
+    """Return the counts that say who gets the first slots: with what was learned here before."""
+    from runtime.hot_experts import HotExperts
+
+    if predictor is None or learned is None:
+        return HotExperts(shape.experts, None)
+    return HotExperts(shape.experts, learned / f"hot-{predictor.fingerprint}.json")
 
 
 def profile_for(request: LoadRequest) -> HardwareProfile:

@@ -7,6 +7,7 @@ never the result.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -19,13 +20,16 @@ from runtime.cache import CacheTable
 from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
 from runtime.executor_heat import Heat
+from runtime.executor_preload import preload
 from runtime.executor_steering import Steering, serving_policy
 from runtime.formats import ExpertFormat
+from runtime.hot_experts import HotExperts
 from runtime.kernels import ExpertMath, views
 from runtime.layer_rows import LayerRows, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
 from runtime.policy import PolicySetup
+from runtime.policy_table import BY_LAYER
 from runtime.prediction import ExpertPredictor
 from runtime.residency import Residency
 from runtime.scheduler import Costs
@@ -34,6 +38,8 @@ from runtime.telemetry import Counters
 from runtime.trace import LayerStep, Prediction
 from runtime.transfer import Transfer, TransferThread, virtual_transfer
 from runtime.transfer_queue import Order, Outcome, QueueState, Submit, TransferEnded
+
+log = logging.getLogger("prescope.executor")
 
 
 class MoeLayer(Protocol):
@@ -87,6 +93,7 @@ class Executor:
         predictor: ExpertPredictor | None = None,
         eviction: str | None = None,
         observe: Observe | None = None,
+        hot: HotExperts | None = None,
     ) -> None:
         self._device = device
         self._layers = tuple(layers)
@@ -94,6 +101,7 @@ class Executor:
         self._store = store
         self._observe = observe
         self._predictor = predictor
+        self._hot = hot
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
@@ -108,6 +116,7 @@ class Executor:
         )
         chosen = serving_policy(policy, setup, eviction)
         cache = CacheTable(slots, chosen.eviction)
+        self._layer_bytes = setup.layer_bytes
         self.residency = Residency(cache, chosen, setup.layer_bytes, self._counters)
         self._steering = Steering(self.residency, setup, eviction)
         self._heat = Heat(setup.experts)
@@ -118,9 +127,11 @@ class Executor:
         self._closing = ExitStack()
         self._closing.callback(device.close)
         self._closing.callback(self._transfer.close)
+        self._closing.callback(self._keep_hot, at_once=True)
         self._rows: Sequence[LayerRows] = ()
         self._demands: Mapping[int, int] = {}
         self._span = 1
+        self._uncounted = (0, 0.0)
 
     @property
     def policy(self) -> str:
@@ -165,13 +176,29 @@ class Executor:
         """Let experts be copied ahead, or not, from the next layer on."""
         self.order(self._steering.predict(on))
 
+    def preload(self, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Fill free slots with the experts used most, before the first token and its counting.
+
+        Raises:
+            CancelledError: `cancelled` returned True.
+        """
+        if self._hot is None:
+            return
+        by_layer = self.policy in BY_LAYER
+        experts = self._hot.first(self.residency.cache.free_slots, by_layer=by_layer)
+        preload(self, self.residency.cache, experts, self._layer_bytes, cancelled)
+        self._uncounted = self.link_totals()
+
     def idle(self, budget_s: float) -> None:
         """Let the predictor learn for up to `budget_s`, while nothing is generated."""
+        self._keep_hot(at_once=False)
         if self._predictor is not None:
             self._predictor.improve(budget_s)
 
     def reset_predictor(self) -> None:
         """Forget what was learned on this machine."""
+        if self._hot is not None:
+            self._hot.reset()
         if self._predictor is not None:
             self._predictor.reset()
 
@@ -200,10 +227,11 @@ class Executor:
     def counters(self) -> Counters:
         """Return a copy of the counters in which the bytes over the link close."""
         counters = self._counters.copy()
-        counters.link_bytes_issued = self._transfer.issued_bytes
+        uncounted_bytes, uncounted_s = self._uncounted
+        counters.link_bytes_issued = self._transfer.issued_bytes - uncounted_bytes
         unused_bytes = self.residency.cache.unused_prefetch_bytes
         counters.link_bytes_pending = self._transfer.pending_bytes + unused_bytes
-        counters.link_busy_s = self._transfer.busy_s
+        counters.link_busy_s = self._transfer.busy_s - uncounted_s
         return counters
 
     def heat(self) -> bytes:
@@ -254,6 +282,8 @@ class Executor:
         if predictor is not None:
             self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
         self._heat.use(layer, step.demands, self.residency.token)
+        if self._hot is not None:
+            self._hot.use(layer, step.demands)
         if self._observe is not None:
             self._observe(layer, step)
         read_bytes = 0 if predictor is None else predictor.weight_bytes
@@ -332,6 +362,13 @@ class Executor:
         if events:
             self._device.reached(events[-1].at_s)
         return events
+
+    def _keep_hot(self, at_once: bool) -> None:
+        if self._hot is not None:
+            self._hot.save(at_once=at_once)
+            for notice in self._hot.notices:
+                log.warning("%s", notice)
+            self._hot.notices = ()
 
     def _host_views_of(self, expert: ExpertId) -> dict[str, torch.Tensor]:
         known = self._host_views.get(expert)

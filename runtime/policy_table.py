@@ -29,6 +29,9 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
 FREE_EVICTION = ("prescope", "hybrid", "on-demand")
 """Policies that work with any eviction rule, given as `eviction`; the others have their own."""
 
+BY_LAYER = ("layer-stream", "static-split")
+"""Policies that place whole layers."""
+
 
 def make_policy(name: str, setup: PolicySetup, **settings: Any) -> Policy:
     """Return a fresh policy; `settings` are its own keyword arguments.
