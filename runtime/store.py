@@ -1,71 +1,56 @@
-"""The master copy of every expert in host memory, filled once from the model's files.
+"""Experts in host memory: a cache of the model's files, which stay the master copy.
 
-One slab per MoE layer, allocated by the device so that it is pinned where that is possible. An
-expert lies in its slab exactly as it will lie in a slot. The bytes of most families go from the
-file straight to their place; only a foreign dtype or order of axes takes a detour.
+An expert lies in its place exactly as it will lie in a slot of the device. Places are allocated in
+blocks by the device, so that they are pinned where that is possible.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from runtime.core import ExpertId, LoadProgress
-from runtime.errors import CancelledError, MemoryPlanError
-from runtime.formats import DTYPE_BYTES, ExpertFormat, Matrix, Part
-from runtime.kernels import views
-from runtime.safetensors_files import SafetensorsFiles, TensorEntry
-from runtime.weight_forms import Codes, encode
+from runtime.errors import MemoryPlanError
+from runtime.formats import ExpertFormat
+from runtime.store_recipes import (
+    Conversion,
+    Encoding,
+    LayerSource,
+    Piece,
+    Recipe,
+    RecipeSource,
+    TensorFiles,
+    bytes_in,
+)
 
-_SCRATCH_ITEMS = 2**20
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`items` items of a file's tensor from item `first` on become items `into`... of a part."""
-
-    part: str
-    tensor: str
-    first: int
-    items: int
-    into: int
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A part that has to be computed from whole tensors or single rows (row None: whole)."""
-
-    part: str
-    inputs: tuple[tuple[str, int | None], ...]
-    convert: Callable[[Sequence[Tensor]], Tensor]
+__all__ = [
+    "Conversion",
+    "Encoding",
+    "ExpertSource",
+    "ExpertStore",
+    "LayerSource",
+    "Piece",
+    "Recipe",
+    "bytes_in",
+]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """A quantised matrix with all its parts, unpacked from raw bytes of the files.
+class ExpertSource(Protocol):
+    """Where an expert's bytes come from, at any time while it is open. Any thread may read."""
 
-    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), to keep.
-    """
+    def read(self, expert: ExpertId, into: memoryview) -> None:
+        """Fill `into`, format.size_bytes writable bytes, with one expert as it lies in a slot.
 
-    matrix: Matrix
-    inputs: tuple[tuple[str, int, int], ...]
-    unpack: Callable[[Sequence[Tensor]], Codes]
+        Raises:
+            ModelFilesError: what it reads from changed, was cut or cannot be read.
+        """
+        ...
 
-
-Recipe = tuple[Piece | Conversion | Encoding, ...]
-
-
-@dataclass(frozen=True)
-class LayerSource:
-    """Where the experts of one MoE layer come from: one recipe per expert."""
-
-    format: ExpertFormat
-    recipes: tuple[Recipe, ...]
+    def close(self) -> None:
+        """Give the files back; safe to call twice."""
+        ...
 
 
 class ExpertStore:
@@ -82,7 +67,7 @@ class ExpertStore:
 
     def __init__(
         self,
-        files: SafetensorsFiles,
+        files: TensorFiles,
         layers: Sequence[LayerSource],
         *,
         allocate_host: Callable[[int], Tensor],
@@ -93,7 +78,8 @@ class ExpertStore:
         self.slot_bytes = max((layout.size_bytes for layout in self._formats), default=0)
         self.ram_bytes = sum(layer.format.size_bytes * len(layer.recipes) for layer in layers)
         self._slabs: list[Tensor] = []
-        fill = _Filling(files, cancelled)
+        source = RecipeSource(files, layers)
+        source.stop = cancelled
         done_bytes = 0
         try:
             for number, layer in enumerate(layers):
@@ -101,8 +87,9 @@ class ExpertStore:
                 self._slabs.append(slab)
                 text = f"Reading the experts of layer {number + 1} of {len(layers)}"
                 progress(LoadProgress(text, done_bytes, self.ram_bytes))
-                for expert, recipe in enumerate(layer.recipes):
-                    fill.expert(self.bytes_of(ExpertId(number, expert)), layer.format, recipe)
+                for expert in range(len(layer.recipes)):
+                    at = ExpertId(number, expert)
+                    source.read(at, bytes_in(self.bytes_of(at)))
                 done_bytes += slab.numel()
         except BaseException:
             self.close()
@@ -131,72 +118,3 @@ class ExpertStore:
     def close(self) -> None:
         """Give the slabs back; safe to call twice."""
         self._slabs.clear()
-
-
-def bytes_in(raw: Tensor) -> memoryview:
-    """Return the memory of a uint8 CPU tensor, to read into."""
-    memory: Any = raw.numpy()
-    return memoryview(memory)
-
-
-class _Filling:
-    """Carries out recipes with one small scratch buffer."""
-
-    def __init__(self, files: SafetensorsFiles, cancelled: Callable[[], bool]) -> None:
-        self._files = files
-        self._cancelled = cancelled
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def expert(self, target: Tensor, layout: ExpertFormat, recipe: Recipe) -> None:
-        parts = {part.name: part for part in layout.parts}
-        for step in recipe:
-            if self._cancelled():
-                raise CancelledError("Loading was stopped.")
-            if isinstance(step, Encoding):
-                encode(step.unpack(self._raw(step)), step.matrix, views(target, layout))
-                continue
-            part = parts[step.part]
-            raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
-            if isinstance(step, Conversion):
-                self._convert(raw, part, step)
-            else:
-                self._copy(raw, part, step)
-
-    def _copy(self, raw: Tensor, part: Part, piece: Piece) -> None:
-        entry = self._files.tensors[piece.tensor]
-        if entry.dtype == part.dtype:
-            size = DTYPE_BYTES[part.dtype]
-            place = raw[piece.into * size : (piece.into + piece.items) * size]
-            self._files.read_into(piece.tensor, piece.first * size, bytes_in(place))
-            return
-        place = raw.view(getattr(torch, part.dtype))[piece.into : piece.into + piece.items]
-        for begin in range(0, piece.items, _SCRATCH_ITEMS):
-            items = min(_SCRATCH_ITEMS, piece.items - begin)
-            place[begin : begin + items] = self._read(entry, piece.first + begin, items)
-
-    def _raw(self, step: Encoding) -> list[Tensor]:
-        inputs = []
-        for name, first, size in step.inputs:
-            inputs.append(torch.empty(size, dtype=torch.uint8))
-            self._files.read_into(name, first, bytes_in(inputs[-1]))
-        return inputs
-
-    def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
-        inputs = []
-        for name, row in step.inputs:
-            entry = self._files.tensors[name]
-            shape = entry.shape if row is None else (1, *entry.shape[1:])
-            items = math.prod(shape)
-            tensor = self._read(entry, 0 if row is None else row * items, items)
-            inputs.append(tensor.clone().view(shape))
-        raw.view(getattr(torch, part.dtype)).view(part.shape).copy_(step.convert(inputs))
-
-    def _read(self, entry: TensorEntry, first: int, items: int) -> Tensor:
-        """Return items of a tensor as they are stored; valid until the next call."""
-        assert entry.dtype is not None, entry
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        if self._scratch.numel() < items * dtype.itemsize:
-            self._scratch = torch.empty(items * dtype.itemsize, dtype=torch.uint8)
-        raw = self._scratch[: items * dtype.itemsize]
-        self._files.read_into(entry.name, first * dtype.itemsize, bytes_in(raw))
-        return raw.view(dtype)

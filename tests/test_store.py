@@ -73,7 +73,7 @@ def random_experts(dtype: torch.dtype) -> dict[str, Tensor]:
 def test_gate_and_up_become_the_rows_of_one_part(
     stored: torch.dtype, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.store._SCRATCH_ITEMS", 4)
+    monkeypatch.setattr("runtime.store_recipes._SCRATCH_ITEMS", 4)
     tensors = random_experts(stored)
     layer = merged(wanted, per_expert)
     store = fill(tmp_path, tensors, [layer, layer])

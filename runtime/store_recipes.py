@@ -1,0 +1,190 @@
+"""Recipes: which bytes of which tensors make up an expert, and their reader.
+
+A recipe can be carried out again for one expert at any time, as long as the files are open: the
+checkpoint stays the master copy. The bytes of most families go from the file straight to their
+place; only a foreign dtype or order of axes takes a detour.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.core import ExpertId
+from runtime.errors import CancelledError
+from runtime.formats import DTYPE_BYTES, ExpertFormat, Matrix, Part
+from runtime.kernels import views
+from runtime.safetensors_files import TensorEntry
+from runtime.weight_forms import Codes, encode
+
+_SCRATCH_ITEMS = 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`items` items of a file's tensor from item `first` on become items `into`... of a part."""
+
+    part: str
+    tensor: str
+    first: int
+    items: int
+    into: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A part that has to be computed from whole tensors or single rows (row None: whole)."""
+
+    part: str
+    inputs: tuple[tuple[str, int | None], ...]
+    convert: Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A quantised matrix with all its parts, unpacked from raw bytes of the files.
+
+    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), to keep.
+    """
+
+    matrix: Matrix
+    inputs: tuple[tuple[str, int, int], ...]
+    unpack: Callable[[Sequence[Tensor]], Codes]
+
+
+Recipe = tuple[Piece | Conversion | Encoding, ...]
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where the experts of one MoE layer come from: one recipe per expert."""
+
+    format: ExpertFormat
+    recipes: tuple[Recipe, ...]
+
+
+class TensorFiles(Protocol):
+    """Open files with a table of their tensors. Any thread may read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]: ...
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `begin` on.
+
+        Raises:
+            ModelFilesError: the file changed, was cut or cannot be read.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class RecipeSource:
+    """Reads one expert after another by its recipe; an `ExpertSource` over open files.
+
+    Any thread may read: each has a small scratch buffer of its own. `stop` is asked between the
+    steps of a recipe.
+    """
+
+    def __init__(self, files: TensorFiles, layers: Sequence[LayerSource]) -> None:
+        self.stop: Callable[[], bool] = lambda: False
+        self._files = files
+        self._layers = tuple(layers)
+        self._own = threading.local()
+
+    def position(self, expert: ExpertId) -> tuple[int, int]:
+        """Return file and byte where an expert's first step reads: sorted, files go by once."""
+        step = self._layers[expert.layer].recipes[expert.expert][0]
+        if isinstance(step, Piece):
+            entry = self._files.tensors[step.tensor]
+            return entry.file, entry.begin + step.first * (entry.size_bytes // _items(entry))
+        name, first = step.inputs[0][:2]
+        entry = self._files.tensors[name]
+        if isinstance(step, Encoding):
+            return entry.file, entry.begin + (first or 0)
+        rows = entry.shape[0] if entry.shape else 1
+        return entry.file, entry.begin + (first or 0) * (entry.size_bytes // max(1, rows))
+
+    def read(self, expert: ExpertId, into: memoryview) -> None:
+        """Fill `into`, format.size_bytes writable bytes, with one expert.
+
+        Raises:
+            ModelFilesError: a file changed, was cut or cannot be read.
+            CancelledError: `stop` returned True.
+        """
+        layer = self._layers[expert.layer]
+        target = torch.frombuffer(into, dtype=torch.uint8)
+        parts = {part.name: part for part in layer.format.parts}
+        for step in layer.recipes[expert.expert]:
+            if self.stop():
+                raise CancelledError("Loading was stopped.")
+            if isinstance(step, Encoding):
+                encode(step.unpack(self._raw(step)), step.matrix, views(target, layer.format))
+                continue
+            part = parts[step.part]
+            raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
+            if isinstance(step, Conversion):
+                self._convert(raw, part, step)
+            else:
+                self._copy(raw, part, step)
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        self._files.close()
+
+    def _copy(self, raw: Tensor, part: Part, piece: Piece) -> None:
+        entry = self._files.tensors[piece.tensor]
+        if entry.dtype == part.dtype:
+            size = DTYPE_BYTES[part.dtype]
+            place = raw[piece.into * size : (piece.into + piece.items) * size]
+            self._files.read_into(piece.tensor, piece.first * size, bytes_in(place))
+            return
+        place = raw.view(getattr(torch, part.dtype))[piece.into : piece.into + piece.items]
+        for begin in range(0, piece.items, _SCRATCH_ITEMS):
+            items = min(_SCRATCH_ITEMS, piece.items - begin)
+            place[begin : begin + items] = self._read(entry, piece.first + begin, items)
+
+    def _raw(self, step: Encoding) -> list[Tensor]:
+        inputs = []
+        for name, first, size in step.inputs:
+            inputs.append(torch.empty(size, dtype=torch.uint8))
+            self._files.read_into(name, first, bytes_in(inputs[-1]))
+        return inputs
+
+    def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
+        inputs = []
+        for name, row in step.inputs:
+            entry = self._files.tensors[name]
+            shape = entry.shape if row is None else (1, *entry.shape[1:])
+            items = math.prod(shape)
+            tensor = self._read(entry, 0 if row is None else row * items, items)
+            inputs.append(tensor.clone().view(shape))
+        raw.view(getattr(torch, part.dtype)).view(part.shape).copy_(step.convert(inputs))
+
+    def _read(self, entry: TensorEntry, first: int, items: int) -> Tensor:
+        """Return items of a tensor as they are stored; valid until this thread's next call."""
+        assert entry.dtype is not None, entry
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        scratch: Tensor | None = getattr(self._own, "scratch", None)
+        if scratch is None or scratch.numel() < items * dtype.itemsize:
+            scratch = self._own.scratch = torch.empty(items * dtype.itemsize, dtype=torch.uint8)
+        raw = scratch[: items * dtype.itemsize]
+        self._files.read_into(entry.name, first * dtype.itemsize, bytes_in(raw))
+        return raw.view(dtype)
+
+
+def bytes_in(raw: Tensor) -> memoryview:
+    """Return the memory of a uint8 CPU tensor, to read into."""
+    memory: Any = raw.numpy()
+    return memoryview(memory)
+
+
+def _items(entry: TensorEntry) -> int:
+    return max(1, math.prod(entry.shape))
