@@ -417,13 +417,18 @@ class EmulatedMachine:
     disk_call_s: float = 0.0004
 
 
+ExpertsWish = Literal["as stored", "int8", "int4"]
+EXPERTS_WISHES: tuple[ExpertsWish, ...] = ("as stored", "int8", "int4")
+
+
 @dataclass(frozen=True)
 class LoadRequest:
     """Which model to load and how. `path` is a folder; `default` is the shipped model.
 
     `cache_fraction` is the share of all experts that fit in slots; `vram_bytes` caps the device
     budget instead; both None lets the planner decide. `eviction` replaces the rule of a policy
-    that lets one choose; `prediction` says whether experts are copied ahead at first.
+    that lets one choose; `prediction` says whether experts are copied ahead at first. `experts`
+    asks for experts of 16 or 32 bits to be quantised while they are loaded.
     """
 
     model: str = "default"
@@ -434,3 +439,4 @@ class LoadRequest:
     emulated: EmulatedMachine = field(default_factory=EmulatedMachine)
     eviction: str | None = None
     prediction: bool = True
+    experts: ExpertsWish = "as stored"

@@ -140,7 +140,7 @@ def open_expert_file(path: Path, wanted: ExpertFileHeader) -> tuple[ExpertFile |
     """
     try:
         file = open(path, "rb", buffering=0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except OSError as error:
         return None, _ignored(path, f"it cannot be opened ({error.strerror})")

@@ -1,0 +1,278 @@
+"""Quantising experts while they are loaded, and keeping them: read once, made once, then only read.
+
+`KeptExperts` stands between the checkpoint and whoever holds experts in memory. Where a finished
+file fits it is read and the checkpoint is not touched; otherwise every expert is read plain,
+quantised into its slot layout and written to the file on the way. A disk that is full takes the
+file away, not the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.core import ExpertId, LoadProgress
+from runtime.errors import CancelledError, DiskError, ModelFilesError
+from runtime.expert_file import ExpertFile, ExpertFileWriter, open_expert_file
+from runtime.expert_file_header import ExpertFileHeader
+from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
+from runtime.kernels import views
+from runtime.store import ExpertSource
+from runtime.store_recipes import bytes_in
+from runtime.weight_forms import Codes, encode, parts_of
+
+SYNC_BYTES = 64 * 2**20
+
+log = logging.getLogger("prescope.experts")
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """The arithmetic: `form_of` chooses how a matrix (outputs, inputs) is held, None: as it is.
+
+    `quantise` takes the matrix (outputs, inputs) in any float dtype. Both are pure.
+    """
+
+    kind: FormKind
+    form_of: Callable[[tuple[int, int]], Form | None]
+    quantise: Callable[[Tensor, Form], Codes]
+
+    def fingerprint(self) -> str:
+        """Name the arithmetic and the packing by what they make of a fixed matrix."""
+        numbers = torch.arange(96 * 512, dtype=torch.float64)
+        matrix = (torch.sin(numbers * 0.7) * (1 + numbers % 29)).float().view(96, 512)
+        form = self.form_of((96, 512))
+        if form is None:
+            return "none"
+        layout = lay_out(parts_of(Matrix("probe", (96, 512), form)))
+        flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+        probe = Matrix("probe", (96, 512), form)
+        encode(self.quantise(matrix, form), probe, views(flat, layout))
+        return hashlib.sha256(bytes_in(flat)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LayerForms:
+    """One MoE layer before and after: `transposed` says that plain matrices are (inputs, outputs).
+
+    `held` has the parts of `plain` in the same order, those of a quantised matrix in its place.
+    """
+
+    experts: int
+    plain: ExpertFormat
+    held: ExpertFormat
+    transposed: bool
+
+    def convert(self, plain: Tensor, held: Tensor, quantiser: Quantiser) -> None:
+        """Write the expert in `plain` into `held` as it is held; padding becomes zero."""
+        sources, targets = views(plain, self.plain), views(held, self.held)
+        held.zero_()
+        matrices = {matrix.name: matrix for matrix in self.held.matrices}
+        for name, source in sources.items():
+            matrix = matrices.get(name)
+            if matrix is None:
+                targets[name].copy_(source)
+                continue
+            weight = source.t() if self.transposed else source
+            encode(quantiser.quantise(weight, matrix.form), matrix, targets)
+
+
+def quantised_layer(
+    experts: int,
+    plain: ExpertFormat,
+    weights: Sequence[str],
+    transposed: bool,
+    quantiser: Quantiser,
+) -> LayerForms:
+    """Say how a layer is held whose parts named `weights` are matrices to be quantised."""
+    tensors: list[tuple[str, tuple[int, ...], str]] = []
+    matrices = []
+    for part in plain.parts:
+        shape = part.shape[::-1] if transposed else part.shape
+        form = None
+        if part.name in weights and len(shape) == 2:
+            form = quantiser.form_of((shape[0], shape[1]))
+        if form is None:
+            tensors.append((part.name, part.shape, part.dtype))
+            continue
+        matrices.append(Matrix(part.name, (shape[0], shape[1]), form))
+        tensors += parts_of(matrices[-1])
+    return LayerForms(experts, plain, lay_out(tensors, matrices), transposed)
+
+
+class KeptExperts:
+    """The quantised experts of one model, from their file or made on the way into it.
+
+    Any thread may `read`; experts are made one at a time. `complete` once, when everything that
+    wanted to be in memory has been read; `close` once nobody reads. `notices` are sentences for a
+    person: why a file was not used, or why none is kept.
+    """
+
+    def __init__(
+        self,
+        plain: ExpertSource,
+        layers: Sequence[LayerForms],
+        quantiser: Quantiser,
+        header: ExpertFileHeader,
+        path: Path | None,
+    ) -> None:
+        """Open the file at `path`, or begin it; None keeps nothing. No disk stops the load."""
+        self.notices: list[str] = []
+        self._plain = plain
+        self._layers = tuple(layers)
+        self._quantiser = quantiser
+        self._making = threading.Lock()
+        self._file: ExpertFile | None = None
+        self._writer: ExpertFileWriter | None = None
+        self._written: set[ExpertId] = set()
+        self._unsynced_bytes = 0
+        largest = max((layer.plain.size_bytes for layer in layers), default=0)
+        self._scratch_bytes = largest
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        if path is None:
+            return
+        self._file, ignored = open_expert_file(path, header)
+        if ignored:
+            self._note(f"{ignored} They are made again.")
+        if self._file is None:
+            try:
+                self._writer = ExpertFileWriter(path, header)
+            except DiskError as error:
+                self._keep_nothing(error)
+
+    @property
+    def file(self) -> ExpertFile | None:
+        """The finished file, once there is one."""
+        return self._file
+
+    @property
+    def activity(self) -> str:
+        """What `read` does now, as the beginning of a sentence."""
+        if self._file is not None:
+            return f"Reading the {self._quantiser.kind} experts"
+        return f"Quantising the experts to {self._quantiser.kind}"
+
+    def read(self, expert: ExpertId, into: memoryview) -> None:
+        """Fill `into`, held.size_bytes writable bytes, with one quantised expert.
+
+        Raises:
+            ModelFilesError: the checkpoint cannot be read.
+        """
+        file = self._file
+        if file is None:
+            with self._making:
+                if self._file is None:
+                    self._make_or_take_up(expert, into)
+                    return
+                file = self._file
+        try:
+            file.read(expert, into)
+        except ModelFilesError as damage:
+            with self._making:
+                self._heal(file, expert, into, damage)
+
+    def complete(
+        self, progress: Callable[[LoadProgress], None], cancelled: Callable[[], bool]
+    ) -> None:
+        """Make every expert that nobody has read yet, and finish the file.
+
+        Raises:
+            ModelFilesError: the checkpoint cannot be read.
+            CancelledError: `cancelled` said so; what is written is taken up the next time.
+        """
+        if self._file is not None:
+            return
+        total = sum(layer.experts * layer.held.size_bytes for layer in self._layers)
+        done = 0
+        for number, layer in enumerate(self._layers):
+            left = [ExpertId(number, index) for index in range(layer.experts)]
+            left = [expert for expert in left if expert not in self._written]
+            done += (layer.experts - len(left)) * layer.held.size_bytes
+            held = torch.empty(layer.held.size_bytes, dtype=torch.uint8)
+            for expert in left:
+                if self._writer is None:
+                    return
+                if cancelled():
+                    raise CancelledError("Loading was stopped.")
+                text = f"{self.activity}, layer {number + 1} of {len(self._layers)}"
+                progress(LoadProgress(text, done, total))
+                self.read(expert, bytes_in(held))
+                done += layer.held.size_bytes
+        with self._making:
+            if self._writer is not None:
+                try:
+                    self._file, self._writer = self._writer.finish(), None
+                except DiskError as error:
+                    self._keep_nothing(error)
+            self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Let go of the file and the checkpoint; what is not finished is taken up the next time."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._plain.close()
+
+    def _make_or_take_up(self, expert: ExpertId, into: memoryview) -> None:
+        try:
+            if self._writer is not None and self._writer.read(expert, into):
+                self._written.add(expert)
+                return
+        except DiskError as error:
+            self._keep_nothing(error)
+        self._make(expert, into)
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(expert, into)
+            self._unsynced_bytes += len(into)
+            if self._unsynced_bytes >= SYNC_BYTES:
+                self._unsynced_bytes = 0
+                self._writer.sync()
+        except DiskError as error:
+            self._keep_nothing(error)
+        self._written.add(expert)
+
+    def _make(self, expert: ExpertId, into: memoryview) -> None:
+        if not self._scratch.numel():
+            self._scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
+        layer = self._layers[expert.layer]
+        plain = self._scratch[: layer.plain.size_bytes]
+        self._plain.read(expert, bytes_in(plain))
+        layer.convert(plain, torch.frombuffer(into, dtype=torch.uint8), self._quantiser)
+
+    def _heal(
+        self, file: ExpertFile, expert: ExpertId, into: memoryview, damage: ModelFilesError
+    ) -> None:
+        self._make(expert, into)
+        try:
+            healed = file.heal(expert, into)
+        except DiskError as error:
+            self._note(f"{damage.message} It was made again, but not kept: {error.message}")
+            return
+        if healed:
+            self._note(f"{damage.message} It was made again.")
+        else:
+            self._note(f"{damage.message} The file is deleted; the next load makes a new one.")
+            file.path.unlink(missing_ok=True)
+
+    def _keep_nothing(self, error: DiskError) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._note(
+            f"{error.message} The model runs with quantised experts all the same, but the next"
+            f" load has to quantise them again. {error.next_step}"
+        )
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.notices.append(text)
