@@ -11,12 +11,13 @@ import argparse
 import importlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from runtime.commands import COMMANDS
-from runtime.core import POLICIES
+from runtime.core import EXPERTS_WISHES, POLICIES
 from runtime.errors import ConfigError, PreScopeError
 from runtime.eviction import EVICTIONS
 from runtime.private_streams import private_output
@@ -61,6 +62,11 @@ def _common_options() -> _Parser:
         choices=sorted(EVICTIONS),
         help="who leaves a slot under prescope, hybrid or on-demand (default: the policy's own)",
     )
+    add(
+        "--experts",
+        choices=[wish for wish in EXPERTS_WISHES if wish != "as stored"],
+        help="quantise experts of 16 or 32 bits while loading; kept on disk for the next load",
+    )
     add("--no-prediction", action="store_true", help="copy nothing ahead of its layer")
     add(
         "--cache-fraction",
@@ -68,7 +74,8 @@ def _common_options() -> _Parser:
         metavar="F",
         help="share of all experts that fit in slots, 0 to 1; at least one layer's top-k",
     )
-    add("--vram", type=_whole, metavar="BYTES", help="budget on the card in bytes, such as 8e9")
+    add("--vram", type=_size, metavar="SIZE", help="budget on the card, such as 8GiB or 8e9 bytes")
+    add("--ram", type=_size, metavar="SIZE", help="budget in RAM; the disk holds what is left over")
     add(
         "--link-bytes-per-s",
         type=_number(1.0, 1e15),
@@ -147,6 +154,14 @@ def _number(low: float, high: float) -> Any:
 
     parse.__name__ = "number"
     return parse
+
+
+def _size(text: str) -> int:
+    number = re.fullmatch(r"(?i)([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?)b?", text.strip())
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GiB, 24GB or 8e9")
+    power = " kmgt".index(number[2].lower() or " ")
+    return _whole(str(float(number[1]) * (1024 if number[3] else 1000) ** power))
 
 
 def _whole(text: str) -> int:

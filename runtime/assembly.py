@@ -184,6 +184,11 @@ def profile_for(request: LoadRequest) -> HardwareProfile:
     if request.link_bytes_per_s is not None:
         rate = Reading(request.link_bytes_per_s, "emulated" if profile.emulated else "assumed")
         profile = replace(profile, link_bytes_per_s=rate, link_unpinned_bytes_per_s=rate)
+    if request.ram_bytes is not None:
+        known_bytes = profile.ram_free_bytes if profile.ram_total_bytes > 0 else request.ram_bytes
+        free_bytes = min(request.ram_bytes, known_bytes)
+        total_bytes = profile.ram_total_bytes or request.ram_bytes
+        profile = replace(profile, ram_free_bytes=free_bytes, ram_total_bytes=total_bytes)
     return profile
 
 

@@ -292,6 +292,7 @@ class EngineStatus:
 
     `model` is the model that answers now (a failed switch leaves the previous one). `notice` is
     the last thing a person should know: why a load failed, why the engine was restarted.
+    `remarks` are sentences about how the model that answers was loaded.
     """
 
     state: EngineState
@@ -301,6 +302,7 @@ class EngineStatus:
     notice: str = ""
     next_step: str = ""
     restarts: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -428,7 +430,8 @@ class LoadRequest:
     `cache_fraction` is the share of all experts that fit in slots; `vram_bytes` caps the device
     budget instead; both None lets the planner decide. `eviction` replaces the rule of a policy
     that lets one choose; `prediction` says whether experts are copied ahead at first. `experts`
-    asks for experts of 16 or 32 bits to be quantised while they are loaded.
+    asks for experts of 16 or 32 bits to be quantised while they are loaded. `ram_bytes` caps what
+    the engine may use of RAM; experts that find no place in it stay on the disk.
     """
 
     model: str = "default"
@@ -440,3 +443,4 @@ class LoadRequest:
     eviction: str | None = None
     prediction: bool = True
     experts: ExpertsWish = "as stored"
+    ram_bytes: int | None = None

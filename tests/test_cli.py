@@ -76,6 +76,24 @@ def test_chat_gives_the_same_again_and_its_figures_close(
         assert stats["cache_slots_used"] <= stats["cache_slots"] == 19
 
 
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("8e9", 8e9), ("8GiB", 8 * 2**30), ("24 gb", 24e9), ("1.5MiB", 1.5 * 2**20), ("4096", 4096)],
+)
+def test_sizes_are_understood_as_people_write_them(text: str, size_bytes: float) -> None:
+    options = build_parser().parse_args(["plan", "default", "--ram", text, "--vram", text])
+    assert options.ram == options.vram == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 apples", "1.2.3", "0", "0.5", "1e400"])
+def test_sizes_that_make_no_sense_are_a_wrong_usage(
+    text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, result = answer(capfd, "plan", "default", f"--ram={text}")
+    assert status == 2
+    assert "--ram" in result["error"]["message"]
+
+
 def test_the_statistics_are_those_of_the_contract() -> None:
     assert list(GenerationStats.__dataclass_fields__) == STATS
 

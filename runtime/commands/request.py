@@ -17,4 +17,6 @@ def load_request(options: argparse.Namespace) -> LoadRequest:
         link_bytes_per_s=options.link_bytes_per_s,
         eviction=options.eviction,
         prediction=not options.no_prediction,
+        experts=options.experts or "as stored",
+        ram_bytes=options.ram,
     )
