@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.core import POLICIES, EmulatedMachine, LoadRequest, PolicyName, SamplingParams
+from runtime.core import (
+    EXPERTS_WISHES,
+    POLICIES,
+    EmulatedMachine,
+    ExpertsWish,
+    LoadRequest,
+    PolicyName,
+    SamplingParams,
+)
 from runtime.errors import ConfigError
 
 VERSION = 1
@@ -43,6 +51,7 @@ class Settings:
     emulated: EmulatedMachine = field(default_factory=EmulatedMachine)
     cache_fraction: float | None = None
     vram_bytes: int | None = None
+    experts: ExpertsWish = "as stored"
 
     def load_request(self, model: str | None = None) -> LoadRequest:
         """Return what to ask the engine for `model`, or for the chosen one."""
@@ -52,6 +61,7 @@ class Settings:
             cache_fraction=self.cache_fraction,
             vram_bytes=self.vram_bytes,
             emulated=self.emulated,
+            experts=self.experts,
         )
 
 
@@ -136,6 +146,7 @@ _CHECKS: dict[str, Check | dict[str, Check]] = {
     },
     "cache_fraction": _optional(_number(0.0, 1.0)),
     "vram_bytes": _optional(_number(0, _TERA, whole=True)),
+    "experts": _choice(*EXPERTS_WISHES),
 }
 
 

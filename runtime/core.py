@@ -93,17 +93,20 @@ class Transients:
     """What a forward pass needs for a moment beside weights and KV, in bytes.
 
     `token_bytes` per token of the chunk, `context_bytes` per token it attends to, `pair_bytes` per
-    pair of the two: attention scores, where no fused attention keeps them in registers.
+    pair of the two (attention scores, where no fused attention keeps them in registers), and
+    `base_bytes` whatever their number.
     """
 
     token_bytes: int = 0
     context_bytes: int = 0
     pair_bytes: int = 0
+    base_bytes: int = 0
 
     def size_bytes(self, tokens: int, context_tokens: int) -> int:
         """Return what `tokens` tokens need that attend to `context_tokens`, themselves included."""
         pairs_bytes = tokens * context_tokens * self.pair_bytes
-        return tokens * self.token_bytes + context_tokens * self.context_bytes + pairs_bytes
+        alone_bytes = tokens * self.token_bytes + context_tokens * self.context_bytes
+        return self.base_bytes + alone_bytes + pairs_bytes
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Engine:
         return self.parts.profile
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for a person about how the model was loaded."""
+        return self.parts.remarks
+
+    @property
     def kept_tokens(self) -> int:
         """How many tokens of past conversations are held for reuse."""
         return self._conversations.tokens

@@ -71,7 +71,8 @@ class Device(Protocol):
 class EngineParts:
     """A loaded model and everything it runs on.
 
-    `new_cache` makes an empty KV cache for it; `close` gives all of it back.
+    `new_cache` makes an empty KV cache for it; `close` gives all of it back. `remarks` are
+    sentences for a person about how it was loaded.
     """
 
     model: Callable[..., Any]
@@ -85,3 +86,4 @@ class EngineParts:
     profile: HardwareProfile
     plan: MemoryPlan
     close: Callable[[], None]
+    remarks: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from runtime.config import DATA_DIR_VARIABLE
 from runtime.errors import EngineDiedError
 from runtime.wire import Frame, encode_frame, read_frames, write_all
 
@@ -49,6 +50,8 @@ class EngineProcess:
         """
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        if log_dir is not None:
+            environment[DATA_DIR_VARIABLE] = str(log_dir.parent)
         with _open_log(log_dir) as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "runtime.host", *host_arguments],

@@ -76,6 +76,9 @@ class HostedEngine(Protocol):
     @property
     def profile(self) -> HardwareProfile: ...
 
+    @property
+    def remarks(self) -> tuple[str, ...]: ...
+
     def submit(
         self,
         conversation_id: str,
@@ -167,7 +170,7 @@ class Host:
         else:
             self._unload()
             self._engine, self._loaded = engine, request
-            self._status = EngineStatus("ready", engine.name)
+            self._status = EngineStatus("ready", engine.name, remarks=engine.remarks)
             self._show()
 
     def _build_in_turn(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from runtime.config import data_dir
 from runtime.core import (
     Accepted,
     Delta,
@@ -71,6 +72,7 @@ class FakeEngine:
     def __init__(self, name: str, publish: Callable[[TelemetrySnapshot], None]) -> None:
         FakeEngine.alive += 1
         self.name = name
+        self.remarks: tuple[str, ...] = ()
         self.profile: Any = SimpleNamespace(device_kind="cuda" if "card" in name else "cpu")
         self.policy = "hybrid"
         self.prediction = True
@@ -150,7 +152,10 @@ def assemble(
         if cancelled():
             raise CancelledError("The load was cancelled.")
         time.sleep(0.005)
-    return FakeEngine(request.model, publish)
+    engine = FakeEngine(request.model, publish)
+    if request.experts != "as stored":
+        engine.remarks = (f"Experts are {request.experts}.", f"Kept in {data_dir()}.")
+    return engine
 
 
 def snapshot(model: str, policy: str, prediction: bool = True) -> TelemetrySnapshot:

@@ -78,6 +78,16 @@ def test_it_loads_and_answers(engine: LocalEngine) -> None:
     until(lambda: engine.snapshot() is not None)
 
 
+def test_the_wish_for_quantised_experts_arrives_with_the_app_s_data_folder(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    engine.load(LoadRequest("model", experts="int4"))
+    until(lambda: engine.status().state == "ready")
+    assert engine.status().remarks == ("Experts are int4.", f"Kept in {tmp_path}.")
+    assert engine.status().notice == ""
+    assert load(engine).remarks == ()
+
+
 def test_a_generation_sent_right_after_a_load_waits_for_it(engine: LocalEngine) -> None:
     engine.load(LoadRequest("model"))
     assert say(engine, "hello") == "hello "

@@ -13,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.settings import FILE_NAME, VERSION, Settings, SettingsStore
-from runtime.core import POLICIES, EmulatedMachine, LoadRequest, SamplingParams
+from runtime.core import (
+    EXPERTS_WISHES,
+    POLICIES,
+    EmulatedMachine,
+    LoadRequest,
+    SamplingParams,
+)
 from runtime.errors import ConfigError
 
 usable = st.builds(
@@ -34,6 +40,7 @@ usable = st.builds(
     emulated=st.builds(EmulatedMachine, link_bytes_per_s=st.floats(1, 1e12)),
     cache_fraction=st.none() | st.floats(0, 1),
     vram_bytes=st.none() | st.integers(0, 1 << 40),
+    experts=st.sampled_from(EXPERTS_WISHES),
 )
 fresh = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -60,7 +67,7 @@ def test_a_first_start_has_defaults_and_no_file(tmp_path: Path) -> None:
 def test_groups_change_field_by_field(tmp_path: Path) -> None:
     store = SettingsStore(tmp_path)
     store.update(sampling={"temperature": 0.7}, emulated={"vram_bytes": 5.0})
-    store.update(sampling={"top_p": 0.9}, policy="hybrid", cache_fraction=0.25, model="/m")
+    store.update(sampling={"top_p": 0.9}, policy="hybrid", cache_fraction=0.25, model="/m", experts="int4")
     assert store.current().sampling == SamplingParams(temperature=0.7, top_p=0.9)
     assert store.current().emulated == EmulatedMachine(vram_bytes=5)
     assert store.current().load_request() == LoadRequest(
@@ -68,6 +75,7 @@ def test_groups_change_field_by_field(tmp_path: Path) -> None:
         policy="hybrid",
         cache_fraction=0.25,
         emulated=EmulatedMachine(vram_bytes=5),
+        experts="int4",
     )
     assert store.current().load_request("/other").model == "/other"
 
@@ -96,6 +104,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("sampling.temperature", True),
     ("sampling.max_new_tokens", 0),
     ("sampling.seed", -1),
+    ("experts", "int2"),
+    ("experts", None),
+    ("experts", ["int4"]),
     ("emulated.link_bytes_per_s", 0),
     ("emulated.host_layer_s", 1e9),
     ("colour", "blue"),

@@ -35,7 +35,8 @@ STATS = GenerationStats(True, "card", "hybrid", 3, 4, predictor_recall=0.5)
 RECORDS = [
     LoadRequest("m", "hybrid", 0.5, 7, 1e9, EmulatedMachine(link_call_s=0.5)),
     LoadRequest(),
-    EngineStatus("loading", None, "m", LoadProgress("x", 1, 2), "n", "s", 3),
+    LoadRequest("m", experts="int4"),
+    EngineStatus("loading", None, "m", LoadProgress("x", 1, 2), "n", "s", 3, ("one", "two")),
     Message("user", "\ud800 lone surrogate, NUL \x00, \u202e"),
     STATS,
     snapshot("m", "hybrid"),

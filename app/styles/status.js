@@ -56,6 +56,10 @@ PreScope.status = (element, props, trigger, watch) => {
       const kind = failed || status.next_step ? "warn" : "info";
       out.push({ kind, text: status.notice + stays, next: status.next_step, key: `${status.notice}#${status.restarts}` });
     }
+    if (status?.state === "ready" && status.remarks?.length) {
+      const said = status.remarks.join(" ");
+      out.push({ kind: "info", text: said, key: `remarks:${status.model}:${said}` });
+    }
     if (local) out.push({ kind: "bad", text: local.text, next: local.next, key: `local${local.n}` });
     return out.filter((n) => !dismissed.has(n.key));
   };
@@ -103,7 +107,7 @@ PreScope.status = (element, props, trigger, watch) => {
   load.querySelector("button").addEventListener("click", () => trigger("cancel_load", {}));
   on("live", (tick) => {
     status = tick.status;
-    if (!status.notice) { dismissed.clear(); localStorage.removeItem(KEPT); }
+    if (!status.notice && !status.remarks?.length) { dismissed.clear(); localStorage.removeItem(KEPT); }
     drawLoad(); drawNotes(); drawButton();
   });
   on("link", (state) => { link = state; drawNotes(); drawButton(); });
