@@ -30,7 +30,7 @@ def write_checkpoint(
     config.dtype = dtype
     torch.manual_seed(0)
     model = auto_class(config).from_config(config, dtype=getattr(torch, dtype))
-    _randomize(model)
+    randomize(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
@@ -87,7 +87,8 @@ def logits(model: Any) -> tuple[Tensor, Tensor]:
     return first.logits, second.logits
 
 
-def _randomize(model: Any) -> None:
+def randomize(model: Any) -> None:
+    """Draw weights of usual sizes, biases and buffers included."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
