@@ -26,6 +26,7 @@ from runtime.adapter import (
     refuse_foreign_family,
 )
 from runtime.errors import ModelFilesError, UnsupportedModelError
+from runtime.quantized_schemes import Quantisation, quantisation_from
 from runtime.safetensors_files import read_json
 
 CONFIG_NAME = "config.json"
@@ -38,17 +39,20 @@ _AGAIN = "Download the model again, or choose another one."
 _NEVER = {
     "attn_implementation",
     "auto_map",
+    "compression_config",
     "distributed_config",
     "experts_implementation",
     "extra_files",
     "fusion_config",
     "kernel_config",
     "name_or_path",
+    "quantization_config",
     "transformers_weights",
     "trust_remote_code",
     "use_kernels",
     "use_mamba_kernels",
 }
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _EXPERTS = (
     "num_experts",
     "num_local_experts",
@@ -108,6 +112,27 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def read_quantisation(folder: Path) -> Quantisation | None:
+    """Return how the weights in `folder` are quantised, or None where they are not.
+
+    Raises:
+        ModelFilesError: config.json is missing or unreadable.
+        UnsupportedModelError: they are quantised in a way that cannot be read.
+    """
+    raw = read_json(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
+    owners = [raw, *(value for value in raw.values() if isinstance(value, dict))]
+    found = [owner[key] for key in _QUANTISATION_KEYS for owner in owners if owner.get(key)]
+    if not found:
+        return None
+    if any(record != found[0] for record in found):
+        raise UnsupportedModelError(
+            "Weights that are quantised in several ways (more than one quantization_config)"
+            " cannot be read.",
+            _OTHER,
+        )
+    return quantisation_from(found[0])
+
+
 def stored_dtype(config: Any) -> torch.dtype | None:
     """Return the dtype that the configuration names, or None.
 
@@ -149,13 +174,6 @@ _AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToT
 
 
 def _build(kind: Any, raw: dict[str, Any], where: str) -> Any:
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        quantization = raw.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModelError(
-            f"Quantised weights ({method or 'of an unnamed kind'}) cannot be run yet.",
-            "Choose a version of this model in bfloat16, float16 or float32.",
-        )
     known = _known_keys(kind)
     clean = {}
     for key, value in raw.items():

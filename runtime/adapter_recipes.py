@@ -26,10 +26,13 @@ from transformers.core_model_loading import (
 )
 
 from runtime.adapter import MoeLayer
+from runtime.adapter_quantized import quantised_part
 from runtime.errors import ModelFilesError, UnsupportedModelError
-from runtime.formats import Part
+from runtime.formats import Matrix, Part, lay_out
+from runtime.quantized_tensors import TensorTable
 from runtime.safetensors_files import TensorEntry
-from runtime.store import Conversion, LayerSource, Piece, Recipe
+from runtime.store_recipes import Conversion, LayerSource, Piece, Recipe
+from runtime.weight_forms import parts_of
 
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 _AGAIN = "Download the model again, or choose another one."
@@ -41,6 +44,7 @@ class Checkpoint:
 
     sources: tuple[LayerSource, ...]
     dense: tuple[str, ...]
+    tensors: TensorTable
 
 
 @dataclass
@@ -52,9 +56,12 @@ class _Found:
 
 
 def sort_checkpoint(
-    skeleton: nn.Module, layers: Sequence[MoeLayer], tensors: Mapping[str, TensorEntry]
+    skeleton: nn.Module, layers: Sequence[MoeLayer], tensors: TensorTable
 ) -> Checkpoint:
     """Find every expert of `layers` among `tensors`; `skeleton` still has its expert parameters.
+
+    The sources have the formats in which experts will be held: that of `layers`, except for what
+    is quantised in the files.
 
     Raises:
         ModelFilesError: an expert's tensor is missing or has the wrong shape.
@@ -64,22 +71,36 @@ def sort_checkpoint(
     found, dense = _sort_keys(skeleton, wanted, tensors)
     for parameter in wanted - found.keys():
         raise ModelFilesError(f"The files have no tensors for {parameter}.", _AGAIN)
+    plain = {name: entry for name, entry in tensors.items() if isinstance(entry, TensorEntry)}
     sources = []
     for layer in layers:
-        columns = [
-            _part_steps(found[f"{layer.name}.{part.name}"], layer, part, tensors, skeleton)
-            for part in layer.format.parts
-        ]
+        columns: list[list[Recipe]] = []
+        held: list[tuple[str, tuple[int, ...], str]] = []
+        matrices: list[Matrix] = []
+        for part in layer.format.parts:
+            name = f"{layer.name}.{part.name}"
+            source = found[name]
+            keys = {key for listed in source.tensors.values() for key in listed}
+            if keys <= plain.keys():
+                steps = _part_steps(source, layer, part, plain, skeleton)
+                held.append((part.name, part.shape, part.dtype))
+            else:
+                lists = _quantised_lists(source, layer, name)
+                below = [[tensors[key] for key in listed] for listed in lists]
+                matrix, steps = quantised_part(below, layer, part)
+                matrices.append(matrix)
+                held += parts_of(matrix)
+            columns.append(steps)
         recipes = tuple(
             tuple(step for column in columns for step in column[expert])
             for expert in range(layer.experts)
         )
-        sources.append(LayerSource(layer.format, recipes))
-    return Checkpoint(tuple(sources), tuple(dense))
+        sources.append(LayerSource(lay_out(held, matrices), recipes))
+    return Checkpoint(tuple(sources), tuple(dense), tensors)
 
 
 def _sort_keys(
-    skeleton: Any, wanted: set[str], tensors: Mapping[str, TensorEntry]
+    skeleton: Any, wanted: set[str], tensors: TensorTable
 ) -> tuple[dict[str, _Found], list[str]]:
     state = skeleton.state_dict()
     mapping = get_model_conversion_mapping(skeleton)
@@ -142,22 +163,41 @@ def _part_steps(
                     f"Tensor {key} is stored as {tensors[key].stored}, which cannot be run yet.",
                     "Choose a version of this model in bfloat16, float16 or float32.",
                 )
-    name = f"{layer.name}.{part.name}"
     if source.converter is None:
         return _slices(source, layer, part, tensors)
+    lists = _merged_lists(source, layer, f"{layer.name}.{part.name}")
+    if lists is not None:
+        return _merges(lists, layer, part, tensors)
+    return _conversions(source, layer, part, tensors, skeleton)
+
+
+def _merged_lists(source: _Found, layer: MoeLayer, name: str) -> list[list[str]] | None:
+    """Return the tensors that lie below each other, by expert, where the family only merges."""
     operations = [type(operation) for operation in source.converter.operations]
     ernie = ErnieFuseAndSplitTextVisionExperts in operations
-    if ernie or MergeModulelist in operations:
-        lists = [source.tensors.get(p, []) for p in source.converter.source_patterns]
-        for keys in lists:
-            if keys and len(keys) != layer.experts:
-                _wrong(name, f"{len(keys)} experts in the files instead of {layer.experts}")
-        lists = [keys for keys in lists if keys]
-        merged = source.converter.operations[-1] if len(operations) == 2 else None
-        rows_first = isinstance(merged, Concatenate) and merged.dim == 1
-        if ernie or operations == [MergeModulelist] or rows_first:
-            return _merges(lists, layer, part, tensors)
-    return _conversions(source, layer, part, tensors, skeleton)
+    if not (ernie or MergeModulelist in operations):
+        return None
+    lists = [source.tensors.get(p, []) for p in source.converter.source_patterns]
+    for keys in lists:
+        if keys and len(keys) != layer.experts:
+            _wrong(name, f"{len(keys)} experts in the files instead of {layer.experts}")
+    merged = source.converter.operations[-1] if len(operations) == 2 else None
+    rows_first = isinstance(merged, Concatenate) and merged.dim == 1
+    if ernie or operations == [MergeModulelist] or rows_first:
+        return [keys for keys in lists if keys]
+    return None
+
+
+def _quantised_lists(source: _Found, layer: MoeLayer, name: str) -> list[list[str]]:
+    if source.converter is None:
+        return list(source.tensors.values())
+    lists = _merged_lists(source, layer, name)
+    if lists is None:
+        raise UnsupportedModelError(
+            f"{name} is quantised in the files and laid out in a way that cannot be read.",
+            "Choose a version of this model in bfloat16, float16 or float32.",
+        )
+    return lists
 
 
 def _slices(
