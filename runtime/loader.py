@@ -6,7 +6,6 @@ weights and tokenizer are read here, checked first, from the given folder alone.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,23 @@ from runtime.adapter import (
     find_moe_layers,
     stripped_experts,
 )
-from runtime.adapter_config import REFUSALS, build_skeleton, read_config, stored_dtype
-from runtime.adapter_recipes import Checkpoint, sort_checkpoint
+from runtime.adapter_config import (
+    REFUSALS,
+    build_skeleton,
+    read_config,
+    read_quantisation,
+    stored_dtype,
+)
+from runtime.adapter_quantized import with_held_formats
+from runtime.adapter_recipes import sort_checkpoint
 from runtime.adapter_shape import model_shape
 from runtime.adapter_text import eos_token_ids, open_tokenizer
 from runtime.core import LoadProgress, ModelShape
-from runtime.errors import CancelledError, ModelFilesError, UnsupportedModelError
-from runtime.safetensors_files import READ_BYTES, SafetensorsFiles, TensorEntry
-from runtime.store import ExpertStore, bytes_in
+from runtime.errors import CancelledError, ModelFilesError
+from runtime.loader_dense import DenseWeights, Stop
+from runtime.quantized_tensors import fold
+from runtime.safetensors_files import SafetensorsFiles
+from runtime.store import ExpertStore
 
 _AGAIN = "Download the model again, or choose another one."
 
@@ -68,8 +76,9 @@ def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
         skeleton = build_skeleton(config, dtype)
         layers = find_moe_layers(skeleton, dtype)
-        sort_checkpoint(skeleton, layers, files.tensors)
-        return model_shape(folder.name, skeleton, layers)
+        tensors = fold(files.tensors, read_quantisation(folder))
+        checkpoint = sort_checkpoint(skeleton, layers, tensors)
+        return model_shape(folder.name, skeleton, with_held_formats(layers, checkpoint.sources))
     finally:
         files.close()
 
@@ -100,6 +109,7 @@ def load_model(
     files = SafetensorsFiles(folder)
     try:
         config = read_config(folder)
+        tensors = fold(files.tensors, read_quantisation(folder))
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
         tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
         end_ids = eos_token_ids(folder, config, tokenizer)
@@ -107,12 +117,12 @@ def load_model(
         skeleton = build_skeleton(config, dtype)
         _check(cancelled)
         layers = find_moe_layers(skeleton, dtype)
-        checkpoint = sort_checkpoint(skeleton, layers, files.tensors)
+        checkpoint = sort_checkpoint(skeleton, layers, tensors)
         _check(cancelled)
-        shape = model_shape(folder.name, skeleton, layers)
-        dense = _DenseWeights(files, checkpoint, shape, progress, cancelled)
+        shape = model_shape(folder.name, skeleton, with_held_formats(layers, checkpoint.sources))
+        dense = DenseWeights(files, checkpoint, dtype, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
-        layers = find_moe_layers(model, dtype)
+        held = with_held_formats(find_moe_layers(model, dtype), checkpoint.sources)
         store = ExpertStore(
             files,
             checkpoint.sources,
@@ -126,7 +136,7 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         shape=shape,
-        layers=tuple(layers),
+        layers=held,
         store=store,
         context_tokens=shape.context_tokens,
         eos_token_ids=end_ids,
@@ -134,97 +144,12 @@ def load_model(
     )
 
 
-class _Stop(BaseException):
-    """Carries an error of ours through transformers, which collects every `Exception`."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-class _DenseWeights:
-    """Reads the dense tensors for transformers' loader threads, one at a time."""
-
-    def __init__(
-        self,
-        files: SafetensorsFiles,
-        checkpoint: Checkpoint,
-        shape: ModelShape,
-        progress: Callable[[LoadProgress], None],
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._files = files
-        self._progress = progress
-        self._cancelled = cancelled
-        self._reading = threading.Lock()
-        self._ended = False
-        self._done_bytes = 0
-        self.tensors = {name: _LazyTensor(self, files.tensors[name]) for name in checkpoint.dense}
-        experts = sum(len(s.recipes) * s.format.size_bytes for s in checkpoint.sources)
-        self._dense_bytes = sum(files.tensors[name].size_bytes for name in checkpoint.dense)
-        self._total_bytes = self._dense_bytes + experts
-
-    def read(self, entry: TensorEntry) -> Tensor:
-        if entry.dtype is None:
-            raise _Stop(
-                UnsupportedModelError(
-                    f"Tensor {entry.name} is stored as {entry.stored}, which cannot be run yet.",
-                    "Choose a version of this model in bfloat16, float16 or float32.",
-                )
-            )
-        with self._reading:
-            raw = torch.empty(entry.size_bytes, dtype=torch.uint8)
-            for begin in range(0, entry.size_bytes, READ_BYTES):
-                self._ended = self._ended or self._cancelled()
-                if self._ended:
-                    raise _Stop(CancelledError("Loading was stopped."))
-                piece = raw[begin : begin + READ_BYTES]
-                try:
-                    self._files.read_into(entry.name, begin, bytes_in(piece))
-                except ModelFilesError as error:
-                    raise _Stop(error) from error
-                self._done_bytes += piece.numel()
-            self._report("Reading the dense weights", self._done_bytes)
-        tensor: Tensor = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
-        return tensor
-
-    def continued(self, step: LoadProgress) -> None:
-        """Report the experts' progress as the rest of the whole."""
-        self._report(step.text, self._dense_bytes + step.done_bytes)
-
-    def end(self) -> None:
-        """Wait for the read under way and let no other begin."""
-        self._ended = True
-        with self._reading:
-            pass
-
-    def _report(self, text: str, done_bytes: int) -> None:
-        self._progress(LoadProgress(text, done_bytes, self._total_bytes))
-
-
-class _LazyTensor:
-    """What transformers' loader expects of a tensor in a file: read when indexed."""
-
-    def __init__(self, weights: _DenseWeights, entry: TensorEntry) -> None:
-        self._weights = weights
-        self._entry = entry
-
-    def __getitem__(self, index: Any) -> Tensor:
-        tensor = self._weights.read(self._entry)
-        return tensor if index is Ellipsis else tensor[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return self._entry.stored
-
-
 def _load_dense(
     skeleton: Any,
     config: Any,
     dtype: torch.dtype,
     torch_device: torch.device,
-    dense: _DenseWeights,
+    dense: DenseWeights,
 ) -> Any:
     try:
         with stripped_experts(skeleton):
@@ -240,7 +165,7 @@ def _load_dense(
                 use_kernels=False,
                 output_loading_info=True,
             )
-    except _Stop as stop:
+    except Stop as stop:
         raise stop.error from None
     except REFUSALS as error:
         what = f"The weights do not fit the {config.model_type} model: {error!s:.500}"

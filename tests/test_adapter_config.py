@@ -57,7 +57,7 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "llama4_text"}, "llama4_text"),
     ({"model_type": "bert"}, "bert"),
     ({"model_type": "clip"}, "clip"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
     ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     ({"dtype": "evil"}, "evil"),
 ]
