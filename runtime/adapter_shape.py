@@ -10,9 +10,11 @@ from torch import Tensor
 
 from runtime.adapter import MoeLayer, attach, detach
 from runtime.adapter_config import REFUSALS
+from runtime.adapter_transients import transients_of
 from runtime.core import ModelShape
 
 _DEFAULT_CONTEXT_TOKENS = 4096
+LOOK_AHEAD_LAYERS = 2
 
 
 def model_shape(name: str, skeleton: Any, layers: Sequence[MoeLayer]) -> ModelShape:
@@ -29,7 +31,16 @@ def model_shape(name: str, skeleton: Any, layers: Sequence[MoeLayer]) -> ModelSh
         dense_bytes=sum(t.nbytes for key, t in tensors.items() if key not in experts),
         kv_bytes_per_token=_kv_bytes_per_token(skeleton, layers),
         context_tokens=context if isinstance(context, int) else _DEFAULT_CONTEXT_TOKENS,
+        transients=transients_of(skeleton, layers),
+        predictor_bytes=_predictor_bytes(skeleton, layers),
     )
+
+
+def _predictor_bytes(skeleton: Any, layers: Sequence[MoeLayer]) -> int:
+    """Return the size of the matrices that guess each layer's experts from before it, twice."""
+    hidden = getattr(skeleton.config.get_text_config(), "hidden_size", 0)
+    rows = sum(layer.experts for layer in layers)
+    return LOOK_AHEAD_LAYERS * rows * int(hidden) * int(skeleton.dtype.itemsize)
 
 
 def _kv_bytes_per_token(skeleton: Any, layers: Sequence[MoeLayer]) -> int:

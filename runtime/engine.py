@@ -25,12 +25,11 @@ from runtime.engine_parts import EngineParts
 from runtime.engine_pass import Outcome, Passes, Step, StoppedError
 from runtime.engine_speed import ShownSpeed
 from runtime.meeting import outcome_of
+from runtime.planner import PREFILL_TOKENS, prefill_tokens
 from runtime.prompts import PromptEncoder
 from runtime.sampler import check_params
 from runtime.sequences import MAX_TOGETHER, Conversations
 from runtime.telemetry import Gauges, Panel, Timing, generation_stats
-
-PREFILL_CHUNK_TOKENS = 512
 
 
 class Engine:
@@ -47,12 +46,14 @@ class Engine:
         self,
         parts: EngineParts,
         publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        prefill_chunk_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self.parts = parts
         self._prompts = PromptEncoder(parts.tokenizer)
-        self.context_tokens = min(parts.context_tokens, parts.plan.kv_tokens)
-        self._conversations = Conversations(parts.new_cache, parts.plan.kv_tokens)
+        plan = parts.plan
+        longest = plan.context_tokens or plan.kv_tokens
+        self.context_tokens = min(parts.context_tokens, plan.kv_tokens, longest)
+        self._conversations = Conversations(parts.new_cache, plan.kv_tokens)
         self._passes = Passes(parts, self.forget)
         self._chunk_tokens = prefill_chunk_tokens
         self._panel = Panel(self.gauges, publish, parts.device.now_s)
@@ -266,15 +267,18 @@ class Engine:
         """Decide what the next pass computes.
 
         Everybody who answers gets a token. Prompts get as many tokens together as one chunk has,
-        in turn, so that a long one delays nobody by more than that. Who finds no room for keys and
-        values sits this pass out; the first to come always finds it.
+        in turn, so that a long one delays nobody by more than that; a chunk is no larger than the
+        plan has workspace for. Who finds no room for keys and values sits this pass out; the first
+        to come always finds it.
         """
         turns: list[tuple[Generation, Step]] = []
         left = self._chunk_tokens
         for generation in sorted(self._running, key=lambda one: (one.prefilling, one.passes)):
             conversation = generation.conversation
             assert conversation is not None
-            ids = generation.next_ids(self._chunk_tokens)
+            past_tokens = len(conversation.ids)
+            room = prefill_tokens(self.parts.plan, self.parts.shape, past_tokens)
+            ids = generation.next_ids(min(self._chunk_tokens, room))
             if generation.prefilling and len(ids) > left < self._chunk_tokens:
                 continue
             if self._conversations.grow(conversation, len(ids)):
