@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+from runtime.adapter import find_moe_layers
+from runtime.adapter_config import build_skeleton, read_config, read_quantisation
+from runtime.adapter_recipes import sort_checkpoint
 from runtime.core import ExpertId
+from runtime.errors import ModelError, ModelFilesError, UnsupportedModelError
 from runtime.kernels import views
 from runtime.loader import LoadedModel, read_shape
+from runtime.quantized_tensors import fold
+from runtime.safetensors_files import SafetensorsFiles
+from runtime.store_recipes import RecipeSource, bytes_in
 from runtime.weight_forms import dequantise, held
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
 from tests.quantized_files import FILE_FORMATS, write_quantised
@@ -74,3 +86,171 @@ def test_weights_and_logits_are_those_of_the_plain_model(name: str, tmp_path: Pa
     assert read_shape(folder) == loaded.shape
     assert loaded.shape.expert_bytes == loaded.store.slot_bytes
     assert loaded.shape.expert_bytes < 0.9 * read_shape(plain).expert_bytes
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "int4 groups", "awq", "gptq", "mxfp4"])
+def test_layers_and_matrices_that_were_left_plain_stay_plain(name: str, tmp_path: Path) -> None:
+    folder, plain = tmp_path / "quantised", tmp_path / "plain"
+
+    def keep(tensor: str) -> bool:
+        return "layers.0" in tensor or "down_proj" in tensor or "self_attn.k_proj" in tensor
+
+    config = write_quantised(FILE_FORMATS[name], folder, plain, keep)
+    loaded = load(folder)
+    first, second = loaded.layers
+    assert first.format.matrices == ()
+    assert [matrix.name for matrix in second.format.matrices] == ["gate_up_proj"]
+    assert first.format.size_bytes > second.format.size_bytes
+    reference = load_reference(plain, config)
+    attach_plain_runner(loaded.layers, loaded.store)
+    for expected, actual in zip(logits(reference), logits(loaded.model), strict=True):
+        assert (expected - actual).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("fp8 blocks", lambda: FineGrainedFP8Config(dequantize=True, weight_block_size=(16, 16))),
+        ("mxfp4", lambda: Mxfp4Config(dequantize=True)),
+    ],
+)
+def test_what_transformers_dequantises_itself_is_the_same(
+    name: str, chosen: Callable[[], Any], tmp_path: Path
+) -> None:
+    write_quantised(FILE_FORMATS[name], tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=chosen(),
+        dtype=torch.bfloat16,
+        experts_implementation="eager",
+        local_files_only=True,
+    ).eval()
+    loaded = load(tmp_path)
+    transposed = loaded.layers[0].math.transposed
+    for layer in loaded.layers:
+        for expert in range(layer.experts):
+            for part, weight in expert_weights(loaded, layer.index, expert).items():
+                theirs = getattr(stock.get_submodule(layer.name), part)[expert]
+                turned = transposed and theirs.dim() == 2
+                assert torch.equal(weight, theirs.t() if turned else theirs), (expert, part)
+    theirs = dict(stock.named_parameters())
+    for parameter, weight in loaded.model.named_parameters():
+        assert torch.equal(weight, theirs[parameter]), parameter
+
+
+def test_any_expert_can_be_read_again_alone(tmp_path: Path) -> None:
+    write_quantised(FILE_FORMATS["awq"], tmp_path)
+    loaded = load(tmp_path)
+    files = SafetensorsFiles(tmp_path)
+    reads: list[tuple[str, int]] = []
+    quantisation = read_quantisation(tmp_path)
+    skeleton = build_skeleton(read_config(tmp_path), torch.float16)
+    layers = find_moe_layers(skeleton, torch.float16)
+    checkpoint = sort_checkpoint(skeleton, layers, fold(files.tensors, quantisation))
+    source = RecipeSource(files, checkpoint.sources)
+    expert = ExpertId(1, 5)
+    again = torch.empty(checkpoint.sources[1].format.size_bytes, dtype=torch.uint8)
+    read_into = files.read_into
+
+    def noting(name: str, begin: int, buffer: memoryview) -> None:
+        reads.append((name, len(buffer)))
+        read_into(name, begin, buffer)
+
+    files.read_into = noting  # type: ignore[method-assign]
+    source.read(expert, bytes_in(again))
+    kept = views(loaded.store.bytes_of(expert), loaded.layers[1].format)
+    for name, part in views(again, loaded.layers[1].format).items():
+        assert torch.equal(part, kept[name])
+    assert len(reads) == 9  # Three tensors of each of gate, up and down.
+    assert all(".layers.1.mlp.experts.5." in name for name, _ in reads)
+    assert sum(size for _, size in reads) == sum(
+        files.tensors[name].size_bytes for name, _ in reads
+    )
+    source.close()
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj"
+QUERY = "model.layers.0.self_attn.q_proj"
+BLOCKS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def shuffled(tensors: dict[str, Tensor]) -> None:
+    index = tensors[f"{GATE}.g_idx"]
+    tensors[f"{GATE}.g_idx"] = index[torch.randperm(len(index), generator=torch.manual_seed(1))]
+
+
+def cut(name: str, rows: int = 1) -> Callable[[dict[str, Tensor]], object]:
+    """Drop the last rows of a tensor."""
+    return lambda tensors: tensors.update({name: tensors[name][:-rows].contiguous()})
+
+
+DAMAGED: list[tuple[str, Callable[[dict[str, Tensor]], object], type[ModelError], str]] = [
+    ("gptq", shuffled, UnsupportedModelError, "act-order"),
+    ("gptq", lambda t: t[f"{QUERY}.g_idx"].zero_(), UnsupportedModelError, "act-order"),
+    ("gptq", lambda t: t[f"{GATE}.qzeros"].fill_(0), ModelFilesError, "sym"),
+    ("gptq", lambda t: t.pop(f"{GATE}.qzeros"), ModelFilesError, "no .*qzeros"),
+    ("gptq", lambda t: t.pop(f"{GATE}.scales"), ModelFilesError, "no .*scales"),
+    ("gptq", lambda t: t.pop(f"{GATE}.qweight"), ModelFilesError, "experts"),
+    ("gptq", cut(f"{GATE}.g_idx"), ModelFilesError, r"g_idx has the shape \(31,\)"),
+    ("awq", cut(f"{GATE}.qzeros"), ModelFilesError, r"qzeros has the shape \(1, 4\)"),
+    ("awq", cut(f"{GATE}.scales"), ModelFilesError, r"scales has the shape \(1, 32\)"),
+    ("awq", cut(f"{GATE}.qweight", 3), ModelFilesError, "groups of 16 do not divide"),
+    ("awq", cut(f"{QUERY}.qweight", 16), ModelFilesError, "scales has the shape"),
+    ("fp8 blocks", lambda t: t.pop(f"{GATE}.weight_scale_inv"), ModelFilesError, "no .*scale"),
+    ("fp8 blocks", cut(f"{GATE}.weight_scale_inv"), ModelFilesError, r"scale_inv of shape \(1, 2"),
+    ("fp8 blocks", cut(f"{QUERY}.weight_scale_inv"), ModelFilesError, "fits no scheme"),
+    ("fp8 rows", cut(f"{GATE}.weight_scale"), ModelFilesError, "fits no scheme"),
+    ("int4 groups", cut(f"{GATE}.weight_scale"), ModelFilesError, "fits no scheme"),
+    ("int4 groups", lambda t: t.pop(f"{GATE}.weight_scale"), ModelFilesError, "no .*weight_scale"),
+    (
+        "int4 groups",
+        lambda t: t.update({f"{GATE}.weight_g_idx": torch.arange(32)}),
+        UnsupportedModelError,
+        "act-order",
+    ),
+    (
+        "int4 groups",
+        lambda t: t.update({f"{GATE}.weight": torch.ones(32, 32)}),
+        ModelFilesError,
+        "beside",
+    ),
+    ("int4 groups, zeros", lambda t: t.pop(f"{GATE}.weight_zero_point"), ModelFilesError, "zero"),
+    ("int4 groups, zeros", cut(f"{GATE}.weight_zero_point"), ModelFilesError, "zero_point has"),
+    ("mxfp4", lambda t: t.pop(f"{BLOCKS}_scales"), ModelFilesError, "no .*_scales"),
+    ("mxfp4", cut(f"{BLOCKS}_scales"), ModelFilesError, r"scales has the shape \(7,"),
+    (
+        "fp8 blocks",
+        lambda t: t.update({f"{GATE}.weight": torch.ones(32, 32)}),
+        ModelError,
+        "not quantised",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "expected", "named"), DAMAGED, ids=[f"{d[0]}: {d[3]}" for d in DAMAGED]
+)
+def test_quantised_tensors_that_do_not_fit_are_refused_by_name(
+    name: str,
+    damage: Callable[[dict[str, Tensor]], object],
+    expected: type[ModelError],
+    named: str,
+    tmp_path: Path,
+) -> None:
+    write_quantised(FILE_FORMATS[name], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(expected, match=named) as refused:
+        load(tmp_path)
+    assert refused.value.next_step
+
+
+def test_a_config_that_describes_other_groups_than_the_files_is_refused(tmp_path: Path) -> None:
+    write_quantised(FILE_FORMATS["awq"], tmp_path)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["quantization_config"]["group_size"] = 8
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ModelFilesError, match=r"scales has the shape \(2, 32\) instead of \(4"):
+        load(tmp_path)
