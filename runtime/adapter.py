@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
+from runtime.adapter_exceptions import original_of, stand_ins
 from runtime.errors import UnsupportedModelError
 from runtime.formats import DTYPE_BYTES, ExpertFormat, lay_out
 from runtime.kernels import Accumulate, ExpertMath
@@ -45,13 +46,17 @@ _ACCUMULATE: dict[str, Accumulate] = {
 _IN_FLOAT32 = {"OpenAIPrivacyFilterExperts"}
 _NOT_OURS = {
     "dbrx": "its experts share one flat matrix",
+    "deepseek_ocr2": "it transcribes pictures and does not chat",
+    "diffusion_gemma": "it writes by diffusion and not token after token",
     "doge": "its experts are rows of an embedding",
+    "inkling_mm_model": "building its vision tower needs the package scipy",
     "jetmoe": "its attention is made of experts too",
-    "llama4": "its router scales the input of the experts",
-    "longcat_flash": "some of its experts pass their input through",
     "nllb-moe": "it is an encoder-decoder model",
-    "step3p7": "its experts do not use the common interface",
+    "openai_privacy_filter": "it labels words and writes no text",
+    "qwen3_omni_moe": "it is several models in one; only its thinker can be run, alone",
     "switch_transformers": "it is an encoder-decoder model",
+    "unlimited_ocr": "it transcribes pictures and does not chat",
+    "vitpose_backbone": "it finds poses in pictures and writes no text",
 }
 _OTHER = "Choose a model of another family, such as Qwen3-MoE, Mixtral or DeepSeek."
 _LOADING = threading.RLock()  # Replacing classes is process-wide: one load at a time.
@@ -62,6 +67,7 @@ class MoeLayer:
     """One MoE layer: `index` counts MoE layers from 0, `name` is the experts module's name.
 
     `router(x, ...)` returns (logits, weights, indices, ...) and is None where it has no name.
+    `idle_experts` are numbered after the `experts`, have no weights and are never run here.
     """
 
     index: int
@@ -72,6 +78,7 @@ class MoeLayer:
     top_k: int
     math: ExpertMath
     format: ExpertFormat
+    idle_experts: int = 0
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -105,6 +112,7 @@ def find_moe_layers(model: nn.Module, dtype: torch.dtype) -> list[MoeLayer]:
                 top_k=_top_k(router, module, first[0]),
                 math=expert_math(module),
                 format=lay_out([(part, shape[1:], type_name) for part, shape in shapes.items()]),
+                idle_experts=getattr(module, "zero_expert_num", 0),
             )
         )
     return layers
@@ -154,9 +162,13 @@ def detach(layers: Sequence[MoeLayer]) -> None:
 
 
 @contextmanager
-def loading_lock() -> Iterator[None]:
-    """Hold what only one load of this process may hold: building models changes global state."""
-    with _LOADING:
+def adapted_families() -> Iterator[None]:
+    """Let models built inside go through the experts interface even if their family does not.
+
+    Only families whose modelling code is imported already. Holds the process-wide loading lock
+    and undoes everything, whatever is raised inside.
+    """
+    with _replaced(stand_ins()):
         yield
 
 
@@ -166,16 +178,24 @@ def stripped_experts(model: nn.Module) -> Iterator[None]:
 
     Holds the process-wide loading lock. Undoes everything, whatever is raised inside.
     """
-    classes = {type(module) for module in model.modules() if is_experts(module)}
-    replacements = {kind.__name__: _without_weights(kind) for kind in classes}
+    replacements = stand_ins()
+    for kind in {type(module) for module in model.modules() if is_experts(module)}:
+        replacements[original_of(kind)] = _without_weights(kind)
+    with _replaced(replacements):
+        yield
+
+
+@contextmanager
+def _replaced(replacements: Mapping[type[nn.Module], type[nn.Module]]) -> Iterator[None]:
+    by_name = {original.__name__: kind for original, kind in replacements.items()}
     with _LOADING:
-        register_patch_mapping(replacements, overwrite=True)
+        register_patch_mapping(by_name, overwrite=True)
         try:
             yield
         finally:
-            unregister_patch_mapping(list(replacements))
+            unregister_patch_mapping(list(by_name))
             # transformers leaves its patched names behind when building the model raises.
-            _restore(classes, set(replacements.values()))
+            _restore(replacements, set(by_name.values()))
 
 
 def refuse_foreign_family(family: str) -> None:
@@ -208,6 +228,13 @@ def check_every_moe_layer_is_ours(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{family} models cannot be run: {name} ({type(module).__name__}) does not use"
                 " the common experts interface.",
+                _OTHER,
+            )
+    for name, module in model.named_modules():
+        if _routes_elsewhere(module):
+            raise UnsupportedModelError(
+                f"{family} models cannot be run: what {name} ({type(module).__name__}) routes to"
+                " does not use the common experts interface.",
                 _OTHER,
             )
     if not found:
@@ -264,8 +291,12 @@ def _without_weights(kind: type[nn.Module]) -> type[nn.Module]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
         self.stripped_shapes = expert_shapes(self)
-        for part in self.stripped_shapes:
+        for part, shape in self.stripped_shapes.items():
             del self._parameters[part]
+            # The block around them may still want to initialise them: here is what takes no room.
+            stub: Any = torch.empty(shape, device="meta")
+            stub._is_hf_initialized = True
+            self.__dict__[part] = stub
         self._is_hf_initialized = True  # Initialisation would look for the missing weights.
 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
@@ -278,6 +309,14 @@ def _restore(classes: Iterable[type], replacements: set[type[nn.Module]]) -> Non
         for kind in classes:
             if module.__dict__.get(kind.__name__) in replacements:
                 setattr(module, kind.__name__, kind)
+
+
+def _routes_elsewhere(module: nn.Module) -> bool:
+    """Say whether a block has a router, which knows its `top_k`, but no experts of ours."""
+    routers = (getattr(module, name, None) for name in ("gate", "router"))
+    if not any(isinstance(r, nn.Module) and hasattr(r, "top_k") for r in routers):
+        return False
+    return not any(is_experts(inside) for inside in module.modules())
 
 
 def _looks_like_experts(name: str, kind: str) -> bool:

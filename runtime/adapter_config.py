@@ -21,8 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from runtime.adapter import (
     IMPLEMENTATION,
+    adapted_families,
     check_every_moe_layer_is_ours,
-    loading_lock,
     refuse_foreign_family,
 )
 from runtime.errors import ModelFilesError, UnsupportedModelError
@@ -158,7 +158,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     """
     auto = next(auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping)
     try:
-        with loading_lock(), torch.device("meta"):
+        _ = auto._model_mapping[type(config)]  # imports the modelling code that may be adapted
+        with adapted_families(), torch.device("meta"):
             model = auto.from_config(
                 copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION
             )

@@ -25,6 +25,7 @@ from runtime.adapter import (
     stripped_experts,
 )
 from runtime.adapter_config import build_skeleton
+from runtime.adapter_exceptions import stand_ins
 from runtime.adapter_recipes import sort_checkpoint
 from runtime.errors import ModelFilesError, UnsupportedModelError
 from runtime.safetensors_files import SafetensorsFiles
@@ -99,7 +100,7 @@ def test_stripping_ends_with_the_block_even_when_loading_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama4_text", "longcat_flash", "step3p7", "dbrx", "jetmoe", "doge"]
+    "family", ["dbrx", "doge", "jetmoe", "nllb-moe", "switch_transformers", "diffusion_gemma"]
 )
 def test_families_that_would_ignore_us_are_refused_by_name(family: str) -> None:
     if family not in CONFIG_MAPPING:
@@ -132,6 +133,30 @@ def test_one_experts_module_that_is_not_ours_is_enough_to_refuse() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts \(OldExperts\)"):
         check_every_moe_layer_is_ours(skeleton)
     assert modeling_mixtral.MixtralExperts is not None
+
+
+def test_a_router_whose_experts_are_not_ours_is_enough_to_refuse() -> None:
+    skeleton = skeleton_of("mixtral")
+    # Whatever they are called: nothing here is named like experts.
+    skeleton.model.layers[1].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+    skeleton.model.layers[1].mlp.register_module("parts", skeleton.model.layers[1].mlp.experts)
+    del skeleton.model.layers[1].mlp.experts
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp \(MixtralSparseMoeBlock\)"):
+        check_every_moe_layer_is_ours(skeleton)
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "longcat_flash", "step3p7"])
+def test_stand_ins_leave_no_trace(family: str) -> None:
+    config = MORE_FAMILIES[family]()
+    build_skeleton(config, torch.float32)
+    original = next(kind for kind in stand_ins() if kind.__module__.split(".")[2] in family)
+    module = sys.modules[original.__module__]
+    config.hidden_act = "no such activation"
+    config.get_text_config().hidden_act = "no such activation"
+    with pytest.raises(ModelFilesError):
+        build_skeleton(config, torch.float32)
+    assert getattr(module, original.__name__) is original
+    assert get_patch_mapping() == {}
 
 
 def test_merged_families_are_read_straight_from_their_files(tmp_path: Path) -> None:
