@@ -170,7 +170,8 @@ def _fp8(rest: dict[str, Any]) -> tuple[Scheme, ...]:
     _one_of(rest, "fp8", "expert_dtype", ("fp8",), "fp8")
     _one_of(rest, "fp8", "scale_fmt", ("float", "ue8m0"), "float")
     block = rest.pop("weight_block_size", (128, 128))
-    return (Scheme(8, True, *_block("fp8", "weight_block_size", block)),)
+    rows, columns = (0, 0) if block is None else _block("fp8", "weight_block_size", block)
+    return (Scheme(8, True, rows, columns),)
 
 
 def _mxfp4(rest: dict[str, Any]) -> tuple[Scheme, ...]:
@@ -228,8 +229,6 @@ def _weights(where: str, record: object) -> Scheme:
 
 
 def _block(where: str, key: str, value: object) -> tuple[int, int]:
-    if value is None:
-        return (0, 0)
     sizes = list(value) if isinstance(value, (list, tuple)) else []
     if len(sizes) != 2 or any(type(n) is not int or not 0 < n <= MAX_GROUP for n in sizes):
         _refuse_value(where, key, value, "two sizes of a block are needed")

@@ -64,13 +64,15 @@ def fp8_numbers(generator: torch.Generator, outputs: int, inputs: int) -> Tensor
     return (torch.randn(outputs, inputs, generator=generator) * 100).to(torch.float8_e4m3fn)
 
 
-def fp8_blocks(rows: int, columns: int) -> Callable[[torch.Generator, int, int], Packed]:
+def fp8_blocks(
+    rows: int, columns: int, suffix: str = "weight_scale_inv"
+) -> Callable[[torch.Generator, int, int], Packed]:
     def pack(generator: torch.Generator, outputs: int, inputs: int) -> Packed:
         weight = fp8_numbers(generator, outputs, inputs)
         grid = (-(-outputs // rows), -(-inputs // columns))
         scales = scales_of(generator, inputs, 200, *grid)
         meaning = weight.double() * spread(scales, rows, columns, outputs, inputs)
-        return {"weight": weight, "weight_scale_inv": scales}, meaning
+        return {"weight": weight, suffix: scales}, meaning
 
     return pack
 
@@ -227,6 +229,11 @@ FLOAT = {"num_bits": 8, "type": "float"}
 FILE_FORMATS: dict[str, FileFormat] = {
     "fp8 blocks": FileFormat("qwen3_moe", FP8_CONFIG, fp8_blocks(16, 16)),
     "fp8 blocks, deepseek": FileFormat("deepseek_v3", FP8_CONFIG, fp8_blocks(16, 16)),
+    "fp8 blocks, compressed": FileFormat(
+        "qwen3_moe",
+        compressed("float-quantized", strategy="block", block_structure=[16, 8], **FLOAT),
+        fp8_blocks(16, 8, "weight_scale"),
+    ),
     "fp8 rows": FileFormat(
         "qwen3_moe", compressed("float-quantized", strategy="channel", **FLOAT), fp8_rows
     ),
