@@ -1,4 +1,4 @@
-"""Opening a model folder: from files nobody vouches for to a model whose experts are elsewhere.
+"""Opening a model: from files nobody vouches for to a model whose experts are elsewhere.
 
 transformers builds the model and converts its dense weights, but opens no file: configuration,
 weights and tokenizer are read here, checked first, from the given folder alone.
@@ -22,21 +22,13 @@ from runtime.adapter import (
     find_moe_layers,
     stripped_experts,
 )
-from runtime.adapter_config import (
-    REFUSALS,
-    build_skeleton,
-    read_config,
-    read_quantisation,
-    stored_dtype,
-)
+from runtime.adapter_config import REFUSALS, build_skeleton, stored_dtype
 from runtime.adapter_quantized import with_held_formats
-from runtime.adapter_recipes import sort_checkpoint
 from runtime.adapter_shape import model_shape
-from runtime.adapter_text import eos_token_ids, open_tokenizer
 from runtime.core import LoadProgress, ModelShape
 from runtime.errors import CancelledError, ModelFilesError
 from runtime.loader_dense import DenseWeights, Stop
-from runtime.quantized_tensors import fold
+from runtime.loader_source import open_source
 from runtime.safetensors_files import SafetensorsFiles
 from runtime.store import ExpertStore
 
@@ -62,7 +54,7 @@ class LoadedModel:
 
 
 def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
-    """Return the sizes of the model in `folder` without reading any weights.
+    """Return the sizes of the model in `folder`, or a GGUF file, without reading any weights.
 
     `dtype` None takes the dtype its configuration names.
 
@@ -70,17 +62,15 @@ def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
         ModelFilesError: files are missing, damaged or do not fit each other.
         UnsupportedModelError: the family or format cannot be run here.
     """
-    files = SafetensorsFiles(folder)
+    source = open_source(folder)
     try:
-        config = read_config(folder)
-        dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
-        skeleton = build_skeleton(config, dtype)
+        dtype = dtype or stored_dtype(source.config) or _most_common_dtype(source.files)
+        skeleton = build_skeleton(source.config, dtype)
         layers = find_moe_layers(skeleton, dtype)
-        tensors = fold(files.tensors, read_quantisation(folder))
-        checkpoint = sort_checkpoint(skeleton, layers, tensors)
-        return model_shape(folder.name, skeleton, with_held_formats(layers, checkpoint.sources))
+        checkpoint = source.sort(skeleton, layers)
+        return model_shape(source.name, skeleton, with_held_formats(layers, checkpoint.sources))
     finally:
-        files.close()
+        source.files.close()
 
 
 def load_model(
@@ -92,7 +82,8 @@ def load_model(
     progress: Callable[[LoadProgress], None],
     cancelled: Callable[[], bool],
 ) -> LoadedModel:
-    """Load the model in `folder`: dense weights to `torch_device`, experts to host slabs.
+    """Load the model in `folder`, or a GGUF file: dense weights to `torch_device`, experts to
+    host slabs.
 
     `dtype` None takes the dtype its configuration names. `allocate_host(n)` returns `n` bytes of
     uint8 for a slab. `progress` and `cancelled` are called from this thread and from loader
@@ -106,20 +97,19 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(LoadProgress("Looking at the model's files"))
-    files = SafetensorsFiles(folder)
+    source = open_source(folder)
+    files, config = source.files, source.config
     try:
-        config = read_config(folder)
-        tensors = fold(files.tensors, read_quantisation(folder))
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)
-        tokenizer = open_tokenizer(folder, config.get_text_config().vocab_size)
-        end_ids = eos_token_ids(folder, config, tokenizer)
+        tokenizer = source.tokenizer()
+        end_ids = source.end_ids(tokenizer)
         _check(cancelled)
         skeleton = build_skeleton(config, dtype)
         _check(cancelled)
         layers = find_moe_layers(skeleton, dtype)
-        checkpoint = sort_checkpoint(skeleton, layers, tensors)
+        checkpoint = source.sort(skeleton, layers)
         _check(cancelled)
-        shape = model_shape(folder.name, skeleton, with_held_formats(layers, checkpoint.sources))
+        shape = model_shape(source.name, skeleton, with_held_formats(layers, checkpoint.sources))
         dense = DenseWeights(files, checkpoint, dtype, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
         held = with_held_formats(find_moe_layers(model, dtype), checkpoint.sources)

@@ -61,8 +61,8 @@ class DenseWeights:
         """Return the whole tensor; for loader threads, so an error comes as `Stop`."""
         with self._reading:
             try:
-                if isinstance(entry, QuantisedTensor):
-                    if len(entry.shape) != 2:
+                if not isinstance(entry, TensorEntry):
+                    if isinstance(entry, QuantisedTensor) and len(entry.shape) != 2:
                         what = f"{entry.name} has the shape {entry.shape} and is quantised"
                         raise UnsupportedModelError(f"{what}, which cannot be run yet.", _OTHER)
                     raw = [self._bytes(*each) for each in entry.inputs()]
