@@ -115,10 +115,10 @@ def inspect_folder(
     if not reason and size_bytes == 0:
         reason = "There are no .safetensors files in it."
     return ModelOffer(
-        label=_printable(name),
+        label=printable(name),
         path=str(folder),
         size_bytes=size_bytes,
-        model_type=_printable(model_type) if isinstance(model_type, str) else "",
+        model_type=printable(model_type) if isinstance(model_type, str) else "",
         experts=experts,
         why=reason,
         source=source,
@@ -136,7 +136,7 @@ def _in_folder(folder: Path) -> Iterator[ModelOffer]:
     if not below:
         reason = "No model was found in this folder." if _is_folder(folder) else "No such folder."
         yield ModelOffer(
-            _printable(folder.name or str(folder)), str(folder), 0, "", 0, reason, "folder"
+            printable(folder.name or str(folder)), str(folder), 0, "", 0, reason, "folder"
         )
 
 
@@ -233,6 +233,6 @@ def _read(path: Path, limit: int) -> bytes:
         return b""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return a label: one line, no control or direction characters, at most 120 characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:120]

@@ -11,10 +11,12 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
+from app.kept import KeptShelf
 from app.models import ModelShelf
 from app.session import ChatSessions
 from app.settings import SettingsStore
 from app.ui_events import ChatEvents
+from app.ui_kept import KeptEvents
 from app.ui_layout import Parts, lay_out
 from app.ui_models import ModelEvents
 from app.ui_settings import Drawer, SettingsEvents, drawer
@@ -45,6 +47,7 @@ def build_ui(
         _wire_chat(blocks, parts, chat)
         _wire_models(blocks, parts, model, made.reload)
         _wire_settings(blocks, parts, settings, made)
+        _wire_kept(made, KeptEvents(KeptShelf(settings_store.path.parent)))
     return blocks
 
 
@@ -128,3 +131,8 @@ def _wire_settings(blocks: gr.Blocks, parts: Parts, on: SettingsEvents, made: Dr
             on.switched, None, parts.status, trigger_mode="always_last", **_QUICK
         )
     made.learning.forget_learned(on.forgot, None, made.learning, **_QUICK)
+
+
+def _wire_kept(made: Drawer, on: KeptEvents) -> None:
+    made.kept.list_kept(on.listed, None, made.kept, trigger_mode="always_last", **_QUICK)
+    made.kept.delete_kept(on.deleted, None, made.kept, **_QUICK)

@@ -19,6 +19,19 @@ from runtime.errors import PreScopeError
 MEGA = 1e6
 GIGA = 1e9
 _AUTOMATIC = "Automatic\nPreScope chooses what suits the model and this machine."
+_PRECISIONS = (
+    ("As stored\nThe model's own numbers: nothing is lost.", "as stored"),
+    (
+        "int8\nAbout half the memory of 16-bit experts, so more of them fit on the card. Answers"
+        " can differ a little.",
+        "int8",
+    ),
+    (
+        "int4\nA little over a quarter of it. Answers differ more, and how much depends on the"
+        " model: compare them on questions of your own.",
+        "int4",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,12 @@ class Field:
 @dataclass(frozen=True)
 class Drawer:
     """The parts of the drawer that events use. `learning` has the switch of prediction and the
-    button that forgets what the predictor learned."""
+    button that forgets what the predictor learned, `kept` the list of quantised experts."""
 
     fields: dict[str, Field]
     reload: gr.Button
     learning: gr.HTML
+    kept: gr.HTML
 
 
 def drawer() -> Drawer:
@@ -94,6 +108,24 @@ def drawer() -> Drawer:
                 apply_default_css=False,
                 elem_id="set-learning",
             )
+            made["experts"] = Field(
+                gr.Radio(
+                    list(_PRECISIONS),
+                    label="Precision of the experts",
+                    info="From the next load on. A model that comes quantised stays as it is.",
+                    elem_id="set-experts",
+                ),
+                lambda s: s.experts,
+                lambda v: {"experts": v},
+            )
+            kept = gr.HTML(
+                None,
+                html_template=part("kept.html"),
+                js_on_load="PreScope.kept(element, props, trigger, watch); "
+                "['list_kept', 'delete_kept']",
+                apply_default_css=False,
+                elem_id="set-kept",
+            )
             made["cache_fraction"] = Field(
                 gr.Number(
                     label="Experts kept on the card (%)",
@@ -136,7 +168,7 @@ def drawer() -> Drawer:
             )
             made |= _emulated()
             reload = gr.Button("Load the model again", size="sm", elem_id="reload")
-    return Drawer(made, reload, learning)
+    return Drawer(made, reload, learning, kept)
 
 
 def _sampling() -> dict[str, Field]:

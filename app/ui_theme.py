@@ -15,6 +15,7 @@ _JS = (
     "heat.js",
     "stalls.js",
     "prediction.js",
+    "kept.js",
     "panel.js",
     "list.js",
     "status.js",

@@ -201,7 +201,8 @@ def delete(cache: Path, name: str) -> None:
     with open(path, "r+b") as file:
         if not take_lock(file, shared=False):
             raise BusyError(
-                f"{name} is in use.", "Load another model or another form of its experts first."
+                f"{name} is in use by a loaded model.",
+                "Load another model, or the same with its experts held otherwise, first.",
             )
         if sys.platform != "win32":
             path.unlink()
