@@ -28,8 +28,8 @@ class Fence(Protocol):
 class Device(Protocol):
     """A card with slots, or something that behaves like one.
 
-    The engine thread calls everything but `copy`, `stage` and `synchronize`, which the transfer
-    driver calls, and `now_s`, which anybody may call. Times are seconds of `now_s`.
+    The engine thread calls everything but `copy`, `stage`, `read` and `synchronize`, which the
+    transfer driver calls, and `now_s`, which anybody may call. Times are seconds of `now_s`.
     """
 
     torch_device: torch.device
@@ -83,6 +83,11 @@ class Device(Protocol):
 
     def staged(self, buffer: int) -> None:
         """Note that the next copy reads from staging buffer `buffer`."""
+        ...
+
+    def read(self, size_bytes: int, ordered_s: float, work: Callable[[], None]) -> float:
+        """Run `work`, which reads that much from the disk and raises nothing; return when it was
+        done. Any thread calls it, several at once."""
         ...
 
     def launch(self, slot: int, size_bytes: int, tokens: int, compute: Callable[[], None]) -> None:

@@ -144,6 +144,14 @@ class EmulatedDevice:
     def staged(self, buffer: int) -> None:
         self._staging = buffer
 
+    def read(self, size_bytes: int, ordered_s: float, work: Callable[[], None]) -> float:
+        with self._lock:
+            lands_s = self._ledger.disk(size_bytes, ordered_s)
+        work()
+        if not self._virtual:
+            _sleep_until(lands_s)
+        return lands_s
+
     def launch(self, slot: int, size_bytes: int, tokens: int, compute: Callable[[], None]) -> None:
         with self._lock:
             self._order.read(Stream.COMPUTE.value, f"slot {slot}")

@@ -49,6 +49,10 @@ class HostDevice:
     def staged(self, buffer: int) -> None:
         raise AssertionError(f"staging buffer {buffer} without a card")
 
+    def read(self, size_bytes: int, ordered_s: float, work: Callable[[], None]) -> float:
+        work()
+        return time.perf_counter()
+
     def launch(self, slot: int, size_bytes: int, tokens: int, compute: Callable[[], None]) -> None:
         raise AssertionError(f"a launch from slot {slot} without a card")
 

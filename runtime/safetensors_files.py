@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
+from runtime.disk_direct import DirectFiles, is_cached
 from runtime.errors import ModelFilesError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -70,9 +71,14 @@ class TensorEntry:
 class SafetensorsFiles:
     """The open shards of one model and a table of their tensors. Reads are thread-safe.
 
+    After `read_past_cache` data is read past the page cache, where the system can, and a file that
+    is changed from then on is not read any more.
+
     Raises:
         ModelFilesError: a file is missing, damaged or hostile; the message names it.
     """
+
+    _past_cache: DirectFiles | None = None
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, TensorEntry] = {}
@@ -111,6 +117,7 @@ class SafetensorsFiles:
 
     def close(self) -> None:
         """Close all files; safe to call twice."""
+        self.read_past_cache(False)
         for file in self._files:
             file.close()
 
@@ -129,8 +136,21 @@ class SafetensorsFiles:
             if entry is None or self.paths[entry.file].name != shard:
                 _damaged(self.paths[0].with_name(shard), f"it lacks tensor {name[:120]!r}")
 
+    def read_past_cache(self, on: bool) -> None:
+        """Read data past the page cache from now on, or through it again."""
+        if self._past_cache is not None and not on:
+            self._past_cache.close()
+        self._past_cache = DirectFiles(self._files) if on and _PREADV is not None else None
+
+    @property
+    def cached(self) -> bool:
+        """Whether nearly all of every file is in the page cache already."""
+        return all(map(is_cached, self._files))
+
     def _read_at(self, number: int, buffer: memoryview, at: int) -> int:
         file = self._files[number]
+        if self._past_cache is not None:
+            return self._past_cache.read_at(number, buffer, at)
         if _PREADV is not None:
             count: int = _PREADV(file.fileno(), [buffer], at)
             return count

@@ -1,4 +1,4 @@
-"""The ledger of the emulated machine: absolute ideal times of its link, device and CPU.
+"""The ledger of the emulated machine: absolute ideal times of link, device, CPU and disk.
 
 Pure arithmetic on seconds, no clock and no threads. The emulated device charges real work to it;
 the simulator charges the same work without doing it. Ideal end times are absolute, so a sleep
@@ -11,10 +11,11 @@ from runtime.core import HardwareProfile
 
 
 class Timeline:
-    """Host, copy stream and compute stream of one modelled machine.
+    """Host, copy stream, compute stream and disk of one modelled machine.
 
     `host_s` is the modelled time of the thread that runs the model. The two streams run beside
-    it: `copy_free_s` and `compute_free_s` are when each has finished all it was given.
+    it: `copy_free_s` and `compute_free_s` are when each has finished all it was given, and
+    `disk_free_s` when the disk has.
     """
 
     def __init__(self, profile: HardwareProfile, start_s: float = 0.0) -> None:
@@ -22,6 +23,7 @@ class Timeline:
         self.host_s = start_s
         self.copy_free_s = start_s
         self.compute_free_s = start_s
+        self.disk_free_s = start_s
 
     def layer(self, tokens: int, extra_bytes: int = 0, forwards: int = 1) -> None:
         """Charge a layer's host work and dense compute, then wait for it: routing needs it.
@@ -78,6 +80,15 @@ class Timeline:
         begins_s = max(self.copy_free_s, called_s)
         self.copy_free_s = begins_s + size_bytes / self._profile.link_bytes_per_s.value
         return begins_s, self.copy_free_s
+
+    def disk(self, size_bytes: int, ordered_s: float) -> float:
+        """Queue one read, ordered at `ordered_s`; return when it lands.
+
+        Several are under way at a time: each needs its start, but only the bytes queue up.
+        """
+        begins_s = max(self.disk_free_s, ordered_s + self._profile.disk_call_s.value)
+        self.disk_free_s = begins_s + size_bytes / self._profile.disk_bytes_per_s.value
+        return self.disk_free_s
 
     def copying_until_s(self, backlog_bytes: int) -> float:
         """Return when the link will be idle if nothing is added to its backlog."""

@@ -78,13 +78,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TransferEnded:
-    """A transfer left the queue at `at_s`; `issued_bytes` of it went over the link."""
+    """A transfer left the queue at `at_s`; `issued_bytes` of it went over the link.
+
+    `bytes_s` is when RAM had its bytes, which it did not have when the transfer was ordered.
+    """
 
     expert: ExpertId
     slot: int
     outcome: Outcome
     issued_bytes: int
     at_s: float
+    bytes_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class _Transfer:
     in_flight: int = 0
     cancelled: bool = False
     failed: bool = False
+    in_ram: bool = True
+    bytes_s: float = 0.0
 
 
 class TransferQueue:
@@ -129,17 +135,20 @@ class TransferQueue:
     def __len__(self) -> int:
         return len(self._transfers)
 
+    def __contains__(self, expert: ExpertId) -> bool:
+        return expert in self._transfers
+
     @property
     def in_flight(self) -> int:
         return self._in_flight
 
     @property
     def backlog_bytes(self) -> int:
-        """Bytes that were asked for, not yet issued, and not held."""
+        """Bytes that were asked for, not yet issued, in RAM, and not held."""
         return sum(
             t.order.size_bytes - t.issued_bytes
             for t in self._transfers.values()
-            if not (t.cancelled or t.failed) and (t.demanded or not self._held)
+            if not (t.cancelled or t.failed) and t.in_ram and (t.demanded or not self._held)
         )
 
     def state(self, stream_free_s: float) -> QueueState:
@@ -196,6 +205,24 @@ class TransferQueue:
         transfer.cancelled = True
         return self._ended(transfer, now_s)
 
+    def await_bytes(self, expert: ExpertId) -> None:
+        """Issue nothing of a transfer until `bytes_came`: RAM may not hold its expert."""
+        self._transfers[expert].in_ram = False
+
+    def bytes_came(self, expert: ExpertId, at_s: float) -> None:
+        """Let a transfer begin: RAM holds its expert until the transfer ends."""
+        transfer = self._transfers[expert]
+        transfer.in_ram = True
+        transfer.bytes_s = at_s
+
+    def bytes_failed(self, expert: ExpertId, at_s: float) -> TransferEnded:
+        """Give a transfer up that waits for bytes which cannot be read."""
+        transfer = self._transfers[expert]
+        transfer.failed = True
+        ended = self._ended(transfer, at_s)
+        assert ended is not None, f"{expert} is on the link without its bytes"
+        return ended
+
     def next_chunk(self) -> Chunk | None:
         """Issue the most urgent chunk, or return None if nothing may be issued now."""
         if self._in_flight >= CHUNKS_IN_FLIGHT:
@@ -216,20 +243,22 @@ class TransferQueue:
             transfer.order.slot,
             offset,
             size,
-            transfer.submitted_s
-            if transfer.demanded
-            else max(transfer.submitted_s, self._resumed_s),
+            max(
+                transfer.submitted_s,
+                transfer.bytes_s,
+                0.0 if transfer.demanded else self._resumed_s,
+            ),
             first=offset == 0,
             last=transfer.issued_bytes == transfer.order.size_bytes,
         )
 
     def _most_urgent(self) -> _Transfer | None:
-        """Return the oldest demand, else the prefetch with the earliest deadline."""
+        """Return the oldest demand that RAM holds, else the prefetch with the earliest deadline."""
         found = None
         for transfer in self._transfers.values():  # oldest first
             if transfer.issued_bytes == transfer.order.size_bytes:
                 continue
-            if transfer.cancelled or transfer.failed:
+            if transfer.cancelled or transfer.failed or not transfer.in_ram:
                 continue
             if transfer.demanded:
                 return transfer
@@ -265,4 +294,6 @@ class TransferQueue:
             return None
         order = transfer.order
         del self._transfers[order.expert]
-        return TransferEnded(order.expert, order.slot, outcome, transfer.issued_bytes, at_s)
+        return TransferEnded(
+            order.expert, order.slot, outcome, transfer.issued_bytes, at_s, transfer.bytes_s
+        )
