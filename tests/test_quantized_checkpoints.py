@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+from runtime import quantized_tensors
 from runtime.adapter import find_moe_layers
 from runtime.adapter_config import build_skeleton, read_config, read_quantisation
 from runtime.adapter_recipes import sort_checkpoint
@@ -254,3 +255,14 @@ def test_a_config_that_describes_other_groups_than_the_files_is_refused(tmp_path
     path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ModelFilesError, match=r"scales has the shape \(2, 32\) instead of \(4"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks, deepseek", "awq"])
+def test_large_dense_matrices_are_dequantised_in_pieces(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_quantised(FILE_FORMATS[name], tmp_path)
+    whole = dict(load(tmp_path).model.named_parameters())
+    monkeypatch.setattr(quantized_tensors, "_DEQUANTISE_ITEMS", 500)
+    for parameter, weight in load(tmp_path).model.named_parameters():
+        assert torch.equal(weight, whole[parameter]), parameter
