@@ -98,12 +98,13 @@ def describe_source(
     Raises:
         OSError: a file cannot be looked at.
     """
+    config = folder / "config.json"  # a GGUF file has its configuration inside
     stamps = [(path.name, path.stat()) for path in paths]
     return ExpertFileHeader(
         model=model,
         kind=kind,
         quantiser=quantiser,
-        config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        config_sha256=hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else "",
         sources=tuple(SourceFile(name, s.st_size, s.st_mtime_ns) for name, s in stamps),
         layers=tuple(layers),
     )

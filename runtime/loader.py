@@ -7,7 +7,7 @@ weights and tokenizer are read here, checked first, from the given folder alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from runtime.adapter import (
 from runtime.adapter_config import REFUSALS, build_skeleton, stored_dtype
 from runtime.adapter_quantized import with_held_formats
 from runtime.adapter_shape import model_shape
-from runtime.core import LoadProgress, ModelShape
+from runtime.config import model_name
+from runtime.core import ExpertsWish, LoadProgress, ModelShape
 from runtime.errors import CancelledError, ModelFilesError
 from runtime.loader_dense import DenseWeights, Stop
+from runtime.loader_experts import finish, hold_experts, naming
 from runtime.loader_source import open_source
 from runtime.safetensors_files import SafetensorsFiles
 from runtime.store import ExpertStore
@@ -51,9 +53,12 @@ class LoadedModel:
     context_tokens: int
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
+    remarks: tuple[str, ...] = ()
 
 
-def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
+def read_shape(
+    folder: Path, dtype: torch.dtype | None = None, experts: ExpertsWish = "as stored"
+) -> ModelShape:
     """Return the sizes of the model in `folder`, or a GGUF file, without reading any weights.
 
     `dtype` None takes the dtype its configuration names.
@@ -68,7 +73,8 @@ def read_shape(folder: Path, dtype: torch.dtype | None = None) -> ModelShape:
         skeleton = build_skeleton(source.config, dtype)
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = source.sort(skeleton, layers)
-        return model_shape(source.name, skeleton, with_held_formats(layers, checkpoint.sources))
+        wanted = hold_experts(layers, checkpoint.sources, experts)
+        return model_shape(source.name, skeleton, with_held_formats(layers, wanted.sources))
     finally:
         source.files.close()
 
@@ -81,13 +87,15 @@ def load_model(
     allocate_host: Callable[[int], Tensor],
     progress: Callable[[LoadProgress], None],
     cancelled: Callable[[], bool],
+    experts: ExpertsWish = "as stored",
+    kept: Path | None = None,
 ) -> LoadedModel:
     """Load the model in `folder`, or a GGUF file: dense weights to `torch_device`, experts to
     host slabs.
 
     `dtype` None takes the dtype its configuration names. `allocate_host(n)` returns `n` bytes of
     uint8 for a slab. `progress` and `cancelled` are called from this thread and from loader
-    threads.
+    threads. Experts that are quantised on the way as `experts` asks are kept in the folder `kept`.
 
     Raises:
         ModelFilesError: files are missing, damaged or do not fit each other.
@@ -109,17 +117,26 @@ def load_model(
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = source.sort(skeleton, layers)
         _check(cancelled)
-        shape = model_shape(source.name, skeleton, with_held_formats(layers, checkpoint.sources))
+        wanted = hold_experts(layers, checkpoint.sources, experts)
+        checkpoint = replace(checkpoint, sources=wanted.sources)
+        shape = model_shape(source.name, skeleton, with_held_formats(layers, wanted.sources))
         dense = DenseWeights(files, checkpoint, dtype, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
-        held = with_held_formats(find_moe_layers(model, dtype), checkpoint.sources)
+        held = with_held_formats(find_moe_layers(model, dtype), wanted.sources)
+        reading = wanted.open(files, files.paths, folder, model_name(folder), kept, cancelled)
         store = ExpertStore(
             files,
-            checkpoint.sources,
+            wanted.sources,
+            source=reading,
             allocate_host=allocate_host,
-            progress=dense.continued,
+            progress=naming(reading, dense.continued),
             cancelled=cancelled,
         )
+        try:
+            remarks = finish(reading, dense.continued, cancelled)
+        except BaseException:
+            store.close()
+            raise
     finally:
         files.close()
     return LoadedModel(
@@ -131,6 +148,7 @@ def load_model(
         context_tokens=shape.context_tokens,
         eos_token_ids=end_ids,
         has_chat_template=tokenizer is not None and bool(tokenizer.chat_template),
+        remarks=(*wanted.remarks, *remarks),
     )
 
 

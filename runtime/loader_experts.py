@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from runtime.adapter import MoeLayer
-from runtime.core import LoadProgress
+from runtime.core import ExpertsWish, LoadProgress
 from runtime.errors import ModelFilesError
 from runtime.expert_file_header import LayerExperts, describe_source, file_path
 from runtime.expert_file_making import KeptExperts, LayerForms, Quantiser, quantised_layer
+from runtime.formats import Form, FormKind
 from runtime.store import ExpertSource
 from runtime.store_recipes import LayerSource, RecipeSource, TensorFiles
+from runtime.weight_forms import Codes
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,24 @@ class HeldExperts:
     remarks: tuple[str, ...] = ()
 
     def open(
-        self, files: TensorFiles, paths: Sequence[Path], folder: Path, name: str, cache: Path | None
+        self,
+        files: TensorFiles,
+        paths: Sequence[Path],
+        folder: Path,
+        name: str,
+        cache: Path | None,
+        cancelled: Callable[[], bool],
     ) -> ExpertSource:
         """Return where the experts are read from; it takes over `files`.
 
         Quantised ones are kept in a file under `cache` that belongs to `folder` and the weights in
-        `paths`; None keeps nothing.
+        `paths`; None keeps nothing. `cancelled` is asked until `finish`.
 
         Raises:
             ModelFilesError: a file of the model is gone.
         """
         recipes = RecipeSource(files, self.plain)
+        recipes.stop = cancelled
         if self.quantiser is None:
             return recipes
         try:
@@ -61,15 +73,16 @@ class HeldExperts:
 
 
 def hold_experts(
-    layers: Sequence[MoeLayer], plain: Sequence[LayerSource], quantiser: Quantiser | None
+    layers: Sequence[MoeLayer], plain: Sequence[LayerSource], wish: ExpertsWish
 ) -> HeldExperts:
-    """Decide how the experts of `layers`, read from `plain`, are held; None holds them as stored.
+    """Decide how the experts of `layers`, read from `plain`, are held.
 
     What the files hold quantised stays so: quantising it again would only add errors.
     """
     as_stored = HeldExperts(tuple(plain), tuple(plain))
-    if quantiser is None:
+    if wish == "as stored":
         return as_stored
+    quantiser = quantiser_for(wish)
     forms = []
     for layer, source in zip(layers, plain, strict=True):
         if source.format.matrices:
@@ -105,3 +118,42 @@ def naming(
         )
 
     return named
+
+
+def finish(
+    source: ExpertSource, progress: Callable[[LoadProgress], None], cancelled: Callable[[], bool]
+) -> tuple[str, ...]:
+    """End a load: complete the file of quantised experts, and return what a person should know.
+
+    Raises:
+        ModelFilesError: the checkpoint cannot be read.
+        CancelledError: `cancelled` said so; what is written is taken up the next time.
+    """
+    if not isinstance(source, KeptExperts):
+        return ()
+    source.complete(progress, cancelled)
+    return tuple(source.notices)
+
+
+def quantiser_for(kind: FormKind) -> Quantiser:
+    """Return the arithmetic that makes int8 or int4 of a matrix."""
+    return Quantiser(kind, lambda shape: _form(kind, shape), _quantise)
+
+
+def _form(kind: FormKind, shape: tuple[int, int]) -> Form | None:
+    if kind == "int8":
+        return Form("int8")
+    columns = next((n for n in (64, 32) if shape[1] % n == 0), None)
+    return None if columns is None else Form("int4", columns=columns, zeros=True)
+
+
+def _quantise(matrix: Tensor, form: Form) -> Codes:
+    wide = matrix.float()
+    if form.kind == "int8":
+        scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        return Codes(form, (wide / scales).round().to(torch.int8), scales)
+    blocks = wide.reshape(len(wide), -1, form.columns)
+    low, high = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
+    scales = (high - low).clamp(min=1e-30) / 15
+    codes = ((blocks - low) / scales).round().clamp(0, 15).to(torch.uint8).flatten(1)
+    return Codes(form, codes, scales.squeeze(2), (low + 8 * scales).squeeze(2))

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from runtime.core import ExpertId, LoadProgress
-from runtime.errors import MemoryPlanError
+from runtime.errors import CancelledError, MemoryPlanError
 from runtime.formats import ExpertFormat
 from runtime.store_recipes import (
     Conversion,
@@ -70,6 +70,7 @@ class ExpertStore:
         files: TensorFiles,
         layers: Sequence[LayerSource],
         *,
+        source: ExpertSource | None = None,
         allocate_host: Callable[[int], Tensor],
         progress: Callable[[LoadProgress], None],
         cancelled: Callable[[], bool],
@@ -78,8 +79,10 @@ class ExpertStore:
         self.slot_bytes = max((layout.size_bytes for layout in self._formats), default=0)
         self.ram_bytes = sum(layer.format.size_bytes * len(layer.recipes) for layer in layers)
         self._slabs: list[Tensor] = []
-        source = RecipeSource(files, layers)
-        source.stop = cancelled
+        if source is None:
+            source = RecipeSource(files, layers)
+            source.stop = cancelled
+        self._source = source
         done_bytes = 0
         try:
             for number, layer in enumerate(layers):
@@ -88,6 +91,8 @@ class ExpertStore:
                 text = f"Reading the experts of layer {number + 1} of {len(layers)}"
                 progress(LoadProgress(text, done_bytes, self.ram_bytes))
                 for expert in range(len(layer.recipes)):
+                    if cancelled():
+                        raise CancelledError("Loading was stopped.")
                     at = ExpertId(number, expert)
                     source.read(at, bytes_in(self.bytes_of(at)))
                 done_bytes += slab.numel()
@@ -116,5 +121,6 @@ class ExpertStore:
         return self._formats[layer]
 
     def close(self) -> None:
-        """Give the slabs back; safe to call twice."""
+        """Give the slabs back and close the source; safe to call twice."""
         self._slabs.clear()
+        self._source.close()
