@@ -20,15 +20,17 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
+from runtime.engine_diagnosis import MAX_TOKENS, named
 from runtime.engine_generation import Generation
 from runtime.engine_parts import EngineParts
 from runtime.engine_pass import Outcome, Passes, Step, StoppedError
 from runtime.engine_speed import ShownSpeed
+from runtime.errors import InvalidNumbersError
 from runtime.meeting import outcome_of
 from runtime.planner import PREFILL_TOKENS, prefill_tokens
 from runtime.prompts import PromptEncoder
 from runtime.sampler import check_params
-from runtime.sequences import MAX_TOGETHER, Conversations
+from runtime.sequences import MAX_TOGETHER, Conversation, Conversations
 from runtime.telemetry import Gauges, Panel, Timing, generation_stats
 
 
@@ -298,8 +300,18 @@ class Engine:
         elif generation.note_pass():
             logits = outcome
             done = outcome_of(lambda: self._next_token(generation, logits))
-            if isinstance(done, Exception):
+            if isinstance(done, InvalidNumbersError):
+                self._fail(generation, self._diagnosed(generation, done))
+            elif isinstance(done, Exception):
                 self._fail(generation, done)
+
+    def _diagnosed(self, generation: Generation, error: InvalidNumbersError) -> Exception:
+        """Find the layer at fault; what was computed of the conversation is not kept."""
+        assert generation.conversation is not None
+        generation.conversation.intact = False
+        ids = tuple(generation.conversation.ids[-MAX_TOKENS:])
+        alone = Conversation("", self.parts.new_cache(), most_tokens=len(ids))
+        return named(self.parts.model, lambda: self._passes.run([Step(alone, ids)]), error)
 
     def _next_token(self, generation: Generation, logits: Tensor) -> None:
         now_s = self.parts.device.now_s()

@@ -3,6 +3,7 @@
 PreScopeError                 everything a person may be shown; carries the next step
 ├── ConfigError               a setting or command-line value that cannot be used
 ├── ModelError                a model that cannot be loaded
+│   ├── InvalidNumbersError   it computes what is no number: its weights are damaged
 │   ├── ModelFilesError       files are missing, damaged or hostile
 │   └── UnsupportedModelError the family or format is not one we can run
 ├── MemoryPlanError           the model does not fit the stated budget
@@ -43,6 +44,10 @@ class ConfigError(PreScopeError):
 
 class ModelError(PreScopeError):
     """A model cannot be loaded."""
+
+
+class InvalidNumbersError(ModelError):
+    """The model computed NaN or infinities."""
 
 
 class ModelFilesError(ModelError):

@@ -12,7 +12,7 @@ import math
 import torch
 
 from runtime.core import SamplingParams
-from runtime.errors import ModelError, RequestError
+from runtime.errors import InvalidNumbersError, RequestError
 
 SHORT_LIST = 1024
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
@@ -60,7 +60,7 @@ class Sampler:
         """Return the id that follows, from the logits of one position, shape `[vocabulary]`.
 
         Raises:
-            ModelError: the logits hold NaN, or nothing but infinities.
+            InvalidNumbersError: the logits hold NaN, or nothing but infinities.
         """
         if self._greedy and not self._penalised:
             token = int(logits.argmax())
@@ -134,7 +134,7 @@ def _candidates(
 
 def _require_finite(top: float) -> None:
     if not math.isfinite(top):
-        raise ModelError(
+        raise InvalidNumbersError(
             f"The model produced invalid numbers (its best score is {top}).",
             "Load the model again; if it happens every time, its files are damaged.",
         )
