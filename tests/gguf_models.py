@@ -309,6 +309,31 @@ def make_model(family: str, experts: str = "Q8_0", down: str = "", dense: str = 
     return GgufModel(metadata, making.tensors, model)
 
 
+def made_from(model: Any, family: str, kind: str, extra: dict[str, Any]) -> GgufModel:
+    """Write a whole stock model with all matrices of the plain type `kind`."""
+    config = model.config
+    making = _Making(family, config, torch.Generator())
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            making.add(name, value, kind)
+    told = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+    }
+    architecture = FAMILIES[family].architecture
+    metadata = {f"{architecture}.{key}": value for key, value in told.items()}
+    metadata |= {"general.architecture": architecture, **extra}
+    return GgufModel(metadata, making.tensors, model)
+
+
 class _Making:
     """Turns parameters into tensors, and gives them the numbers that the file can hold."""
 
@@ -337,7 +362,7 @@ class _Making:
             self.tensors[file_name] = stored(plain)
         else:
             order = self._turned(leaf, value)
-            value[order] = self._drawn(file_name, value[order], kind)
+            value[order] = self._drawn(file_name, value[order], kind).to(value.dtype)
 
     def _turned(self, leaf: str, value: Tensor) -> Tensor:
         """Return which row of the parameter each row of the tensor is."""
