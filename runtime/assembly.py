@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from runtime.config import DEFAULT_MODEL, data_dir, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
 from runtime.errors import UnsupportedModelError
+from runtime.expert_file_header import FOLDER as EXPERTS_FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,10 +42,12 @@ def assemble(
     cancelled: Callable[[], bool] = lambda: False,
     publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
     virtual_clock: bool = False,
+    data: Path | None = None,
 ) -> Engine:
     """Load a model as asked and return its engine; on failure everything is given back.
 
-    `virtual_clock` lets an emulated card run on modelled time alone.
+    `virtual_clock` lets an emulated card run on modelled time alone. `data` is the data folder in
+    place of the usual one.
 
     Raises:
         ModelError, MemoryPlanError, ConfigError: the request cannot be carried out.
@@ -69,7 +72,8 @@ def assemble(
     # place, experts get all real cores.
     torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
     dtype = dtype_for(profile)
-    shape = read_shape(folder, dtype)
+    data = data or data_dir()
+    shape = read_shape(folder, dtype, request.experts)
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
     )
@@ -83,8 +87,12 @@ def assemble(
             allocate_host=device.allocate_host,
             progress=progress,
             cancelled=cancelled,
+            experts=request.experts,
+            kept=data / EXPERTS_FOLDER,
         )
         undo.callback(loaded.store.close)
+        for remark in loaded.remarks:
+            log.warning("%s", remark)
         if loaded.tokenizer is None or not loaded.has_chat_template:
             raise UnsupportedModelError(
                 f"{model_name(folder)} has no tokenizer with a chat template, so it cannot chat.",
@@ -93,7 +101,7 @@ def assemble(
         # Without a card there are no slots, and only one thing can be done.
         policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
         # Figures of a virtual clock must not depend on what this machine learned.
-        learned = None if virtual_clock else data_dir() / PREDICTORS_FOLDER
+        learned = None if virtual_clock else data / PREDICTORS_FOLDER
         predictor = _predictor(loaded, folder, learned) if plan.slots else None
         executor = Executor(
             device,
@@ -134,6 +142,7 @@ def assemble(
             profile=profile,
             plan=plan,
             close=close,
+            remarks=loaded.remarks,
         ),
         publish,
     )

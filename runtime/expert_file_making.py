@@ -274,5 +274,5 @@ class KeptExperts:
         )
 
     def _note(self, text: str) -> None:
-        log.warning("%s", text)
+        log.info("%s", text)
         self.notices.append(text)

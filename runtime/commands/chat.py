@@ -13,6 +13,7 @@ from runtime.commands.request import load_request
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Answer the prompt; the text is said as it comes."""
     from runtime.assembly import assemble
+    from runtime.config import data_dir
     from runtime.core import Delta, Finished, LoadProgress, Message, SamplingParams
 
     params = SamplingParams(
@@ -33,8 +34,14 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
             said = progress.text
             say(f"{said}\n")
 
-    engine = assemble(load_request(options), progress=progress, virtual_clock=options.virtual_clock)
+    engine = assemble(
+        load_request(options),
+        progress=progress,
+        virtual_clock=options.virtual_clock,
+        data=data_dir(options.data_dir),
+    )
     result: dict[str, Any] = {"text": "", "reasoning": "", "token_ids": []}
+    result["remarks"] = list(engine.remarks)
     try:
         for chunk in engine.generate("chat", messages, params):
             if isinstance(chunk, Delta):
