@@ -16,8 +16,7 @@ from torch import Tensor
 from runtime.formats import Form
 from runtime.weight_forms import Codes
 
-# AutoAWQ packs outputs 0, 2, 4, 6, 1, 3, 5, 7 into one int32; this is where each of 0 to 7 went.
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+_AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def plain(form: Form, weight: Tensor, scales: Tensor, zero_points: Tensor | None = None) -> Codes:
@@ -40,12 +39,18 @@ def mxfp4(form: Form, blocks: Tensor, scales: Tensor) -> Codes:
 
 def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Codes:
     """`qweight` int32 (K, N / 8), `qzeros` int32 (K / group, N / 8), `scales` (K / group, N)."""
-    numbers, zeros = (
-        _nibbles(words.view(torch.uint8)).view(*words.shape, 8)[:, :, _AWQ_PLACES].flatten(1)
-        for words in (qweight, qzeros)
-    )
+    zeros = _awq_numbers(qzeros).float()
     wide = scales.t().float().contiguous()
-    return Codes(form, numbers.t().contiguous(), wide, (8 - zeros.t().float()) * wide)
+    return Codes(form, _awq_numbers(qweight), wide, (8 - zeros) * wide)
+
+
+def _awq_numbers(words: Tensor) -> Tensor:
+    """int32 (rows, N / 8), outputs in AutoAWQ's order, to uint8 (N, rows)."""
+    words = words.t().contiguous()
+    numbers = torch.empty((words.shape[0], 8, words.shape[1]), dtype=torch.uint8)
+    for place, output in enumerate(_AWQ_OUTPUTS):
+        numbers[:, output] = (words >> (4 * place)) & 15
+    return numbers.flatten(0, 1)
 
 
 def gptq(
@@ -55,13 +60,10 @@ def gptq(
 
     `scales` is (K / group, N). Also says whether a form without zeros may stand for these.
     """
-    outputs = qweight.shape[1]
-    numbers = qweight.view(torch.uint8).view(-1, outputs, 4)
-    zeros = qzeros.view(torch.uint8)
+    numbers, zeros = qweight.t().contiguous().view(torch.uint8), qzeros.view(torch.uint8)
     middle = 128
     if form.kind == "int4":
         numbers, zeros, middle = _nibbles(numbers), _nibbles(zeros), 8
-    numbers = numbers.permute(1, 0, 2).flatten(1)
     # uint8 wraps where the zero point 0 was kept as the largest number.
     zeros = ((zeros + int(zeros_less_one)) & (2 * middle - 1)).t()
     wide = scales.t().float().contiguous()
@@ -118,7 +120,8 @@ def _finer(piece: Codes, blocks: Tensor, form: Form) -> Tensor:
 
 def _nibbles(numbers: Tensor) -> Tensor:
     """uint8 (..., n) of two numbers each to (..., 2 n), low ones first."""
-    return torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(-2)
+    wide = numbers.to(torch.int16)
+    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def _centred(form: Form, numbers: Tensor) -> Tensor:
