@@ -17,6 +17,7 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1,
 }
 FormKind = Literal["int8", "int4", "fp8", "mxfp4"]
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ class Form:
     """How the numbers of a quantised matrix are held.
 
     A block of `rows` x `columns` of them (outputs x inputs) shares a scale; 0 columns stand for
-    whole rows. `zeros` says whether a block has an offset beside its scale.
+    whole rows. `zeros` says whether a block has an offset beside its scale. Scales and zeros are
+    rounded to `scale_dtype`; those of mxfp4 are powers of two and held as such.
     """
 
     kind: FormKind
     rows: int = 1
     columns: int = 0
     zeros: bool = False
+    scale_dtype: ScaleDtype = "float32"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from runtime.formats import ExpertFormat, Matrix
-from runtime.weight_forms import dequantise, held
+from runtime.kernels_quantised import FEW_TOKENS, multiply
 
 Accumulate = Literal["hidden", "weights", "float32"]
 
@@ -42,10 +42,14 @@ class ExpertMath:
     in_float32: bool = False
     accumulate: Accumulate = "hidden"
     matrices: tuple[Matrix, ...] = ()
+    few_tokens: int = FEW_TOKENS
 
-    def reading(self, layout: ExpertFormat) -> ExpertMath:
-        """Return the same arithmetic over weights that are held as `layout` says."""
-        return replace(self, matrices=layout.matrices)
+    def reading(self, layout: ExpertFormat, few_tokens: int = FEW_TOKENS) -> ExpertMath:
+        """Return the same arithmetic over weights that are held as `layout` says.
+
+        Up to `few_tokens` a CPU multiplies by them as they are held, above it dequantises first.
+        """
+        return replace(self, matrices=layout.matrices, few_tokens=few_tokens)
 
     def row_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
         """Return the dtype of `rows` for hidden states and routing weights of these dtypes."""
@@ -87,7 +91,7 @@ class ExpertMath:
     def _multiply(self, parts: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
         for matrix in self.matrices:
             if matrix.name == name:
-                return linear(x, dequantise(held(matrix, parts), x.dtype))
+                return multiply(matrix, parts, x, self.few_tokens)
         weight = parts[name].to(x.dtype)
         return x @ weight if self.transposed else linear(x, weight)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import linear, silu
 
 from runtime.kernels import ExpertMath, views
-from runtime.weight_forms import MXFP4_VALUES, Codes, dequantise, held
+from runtime.kernels_quantised import multiply
+from runtime.weight_forms import MXFP4_VALUES, Codes, dequantise, form_for, held
 from tests.weight_codes import FORMS, laid_out, random_codes
 
 SHAPES = [(16, 32), (64, 128), (80, 96), (256, 64), (48, 320)]
@@ -93,3 +96,30 @@ def test_rows_are_those_of_the_dequantised_matrices(name: str, family: str, toke
     expected = plain_rows(math, up, down, plain, x) * weights
     assert expected.std() > 0.01, "rows of nothing prove nothing"
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (96, 64), (128, 320), (272, 64)], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+@torch.inference_mode()
+def test_bfloat16_products_are_within_their_bound(name: str, shape: tuple[int, int]) -> None:
+    """Of the product in float64: of each weight 2 ** -7, of what is added up 2 ** -7 twice."""
+    codes = random_codes(FORMS[name], shape, 4)
+    codes = replace(codes, form=form_for(codes.form, torch.bfloat16))
+    layout, flat = laid_out({"w": codes}, {})
+    matrix, parts = layout.matrices[0], views(flat, layout)
+    sizes = dequantise(
+        replace(codes, zeros=None, form=replace(codes.form, zeros=False)), torch.float64
+    ).abs()
+    if codes.zeros is not None:
+        zeros = replace(codes, codes=torch.full_like(codes.codes, 8 if "int4" in name else 0))
+        sizes += dequantise(zeros, torch.float64).abs()
+    weight = dequantise(codes, torch.float64)
+    for tokens in (1, 2, 7, 33):
+        x = torch.randn((tokens, shape[1]), generator=torch.Generator().manual_seed(5)).bfloat16()
+        exact = x.double() @ weight.t()
+        bound = 2**-7 * (x.double().abs() @ sizes.t()) + 2**-6 * exact.abs()
+        for few_tokens in (0, 1000):
+            actual = multiply(matrix, parts, x, few_tokens)
+            assert actual.dtype == torch.bfloat16
+            assert ((actual.double() - exact).abs() <= bound).all()
+            assert exact.abs().max() > 8 * bound.min(), "a bound of everything proves nothing"
