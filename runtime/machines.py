@@ -8,9 +8,10 @@ little while the CPU computes (published pairs lose 14 to 33 % of it), here it d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.core import HardwareProfile, Reading
+from runtime.errors import ConfigError
 
 MEMORY_SHARE = 0.85
 """Share of a card's nominal memory rate that kernels reach."""
@@ -33,6 +34,13 @@ A bf16 expert of 4.72 million weights takes 1.02 ms for one token and, with AVX-
 AMX, 2.24 ms for 16: 81 us per token more. An int4 one takes 0.335 ms and 1.82 ms for 16, 13.7 ms
 for 128; int8 14.5 ms for 128: 99 to 109 us per token more. Desktop CPUs have no AMX.
 """
+
+DISK_BYTES_PER_S = 5e9
+DISK_CALL_S = 100e-6
+"""A PCIe 4.0 NVMe disk reading whole experts with several reads in flight: 5 to 7 GB/s."""
+
+RAM_IN_USE_BYTES = 4 << 30
+"""What the system, a desktop and a browser hold of a machine's RAM before anything is loaded."""
 
 QUANTISED_BELOW_BITS = 16.0
 LAYER_DENSE_BYTES = 51_000_000
@@ -140,6 +148,31 @@ modules as the host loop. Its CPU rate is not published; six channels of DDR4-29
 bf16 on 26 cores are taken for 75 GB/s and 16 cores."""
 
 
+def stated_machine(name: str, link: str | None = None, cpu: str | None = None) -> Machine:
+    """Return the machine that a person names: a preset or a card, with parts of it replaced.
+
+    A card without a link gets its slot's fastest, without a CPU an ordinary desktop's.
+
+    Raises:
+        ConfigError: there is no part of that name, or the card's slot has no such link.
+    """
+    if name in MACHINES:
+        found = MACHINES[name]
+    elif name in CARDS:
+        found = Machine(name, CARDS[name].links[-1], "cpu55", 100e-6)
+    else:
+        names = sorted({*MACHINES, *CARDS})
+        raise ConfigError(f"There is no machine called {name!r}.", f"Choose {', '.join(names)}.")
+    links = CARDS[found.card].links
+    if link is not None and link not in links:
+        raise ConfigError(
+            f"The card {found.card} has no link {link!r}.", f"Choose one of {', '.join(links)}."
+        )
+    if cpu is not None and cpu not in CPUS:
+        raise ConfigError(f"There is no CPU called {cpu!r}.", f"Choose one of {', '.join(CPUS)}.")
+    return replace(found, link=link or found.link, cpu=cpu or found.cpu)
+
+
 def while_copying(cpu_bytes_per_s: float, link_bytes_per_s: float) -> float:
     """Return what is left to the CPU while the link copies: both read the same memory.
 
@@ -200,4 +233,6 @@ def machine(
         device_tokens_per_pass=assumed(
             tokens_per_pass(TENSOR_SHARE * card.flops_per_s, card.bytes_per_s, weight_bits)
         ),
+        disk_bytes_per_s=assumed(DISK_BYTES_PER_S),
+        disk_call_s=assumed(DISK_CALL_S),
     )

@@ -185,7 +185,8 @@ def _divide(budget_bytes: int, shape: ModelShape, needs: _Needs) -> MemoryPlan:
     if rest_bytes < 0:
         raise _refusal(least, shape)
     pool_bytes = rest_bytes if needs.fixed_slots else rest_bytes * COMFORT_PERCENT // 100
-    prefill_bytes = min(pool_bytes // 3, prefill.room)
+    # Chunks get a third, and what keys and values have no use for.
+    prefill_bytes = min(max(pool_bytes // 3, pool_bytes - kv.room * price), prefill.room)
     kv_bytes = min(pool_bytes - prefill_bytes, kv.room * price)
     rest_bytes -= prefill_bytes + kv_bytes
     more_slots = min(rest_bytes // shape.expert_bytes, slots.room)

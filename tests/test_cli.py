@@ -101,11 +101,93 @@ def test_the_statistics_are_those_of_the_contract() -> None:
 def test_plan_counts_every_byte(capfd: pytest.CaptureFixture[str]) -> None:
     status, result = answer(capfd, "plan", "default", "--cache-fraction", "0.5")
     plan = result["plan"]
-    assert status == 0
+    assert (status, result["fits"]) == (0, True)
     assert plan["slots"] == result["experts"] // 2
     assert plan["used_bytes"] <= plan["budget_bytes"]
-    parts = ("dense", "kv", "workspace", "reserve", "slots")
+    parts = ("dense", "predictor", "kv", "workspace", "reserve", "slots")
     assert plan["used_bytes"] == sum(plan[f"{part}_bytes"] for part in parts)
+    on_card = sum(row["bytes"] for row in result["where"] if row["place"] == "card")
+    assert on_card == plan["budget_bytes"]
+    assert "modelled, not measured" in result["speed"]["origin"]
+
+
+QWEN = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with nothing but a config.json in them."""
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    found = {}
+    for name, quantisation in (("bf16", None), ("fp8", fp8), ("awq", awq)):
+        found[name] = tmp_path_factory.mktemp(name)
+        config = QWEN | ({"quantization_config": quantisation} if quantisation else {})
+        (found[name] / "config.json").write_text(json.dumps(config))
+    return found
+
+
+def test_plan_needs_only_a_config_and_a_stated_machine(
+    configs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stated = ["--profile", "rtx4090", "--ram", "64GiB"]
+    status, result = answer(capfd, "plan", str(configs["bf16"] / "config.json"), *stated)
+    assert (status, result["fits"], result["emulated"]) == (0, True, False)
+    assert (result["machine"], result["read"]) == ("stated", "config.json alone")
+    assert result["shape"]["expert_bytes"] == 3 * 2048 * 768 * 2
+    assert result["shape"]["kv_bytes_per_token"] == 48 * 4 * 128 * 2 * 2
+    assert result["shape"]["predictor_bytes"] == 48 * 128 * 2048 * 2 * 2
+    assert result["plan"]["ram_experts"] is None
+    assert 1000 < result["plan"]["slots"] < 2300
+    speed = result["speed"]
+    assert speed["routing"] == "Qwen3-30B-A3B"
+    assert 20 < speed["low_tokens_per_s"] < speed["tokens_per_s"] < speed["high_tokens_per_s"] < 120
+
+
+@pytest.mark.parametrize(("name", "bits"), [("fp8", 8), ("awq", 4.5)])
+def test_plan_knows_what_quantised_experts_weigh(
+    name: str, bits: float, configs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, result = answer(capfd, "plan", str(configs[name]), "--profile", "rtx4090")
+    assert result["shape"]["expert_bytes"] == pytest.approx(3 * 2048 * 768 * bits / 8, rel=0.001)
+    assert result["expert_form"] == name
+
+
+def test_plan_says_what_a_person_gets(
+    configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--profile", "laptop12", "--ram", "32GiB", "--link", "pcie3x4"]
+    assert main(["plan", str(configs["bf16"]), *small]) == 0
+    out = capsys.readouterr().out
+    assert "read from the disk whenever it is needed" in out
+    assert "tokens/s" in out
+    assert "modelled, not measured" in out
+
+
+def test_a_model_that_does_not_fit_is_an_answer_with_a_next_step(
+    configs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_card = ["--profile", "laptop12", "--vram", "3GiB"]
+    status, result = answer(capfd, "plan", str(configs["bf16"]), *tiny_card)
+    assert (status, result["fits"]) == (0, False)
+    assert "3.00 GiB" in result["why"]
+    assert "more" in result["next_step"]
+    assert "speed" not in result
+    assert main(["plan", "default", "--vram", "10"]) == 0
+    assert "It does not fit" in capfd.readouterr().out
 
 
 def test_a_link_rate_replaces_the_probed_one(capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +202,10 @@ def test_a_link_rate_replaces_the_probed_one(capfd: pytest.CaptureFixture[str]) 
         (["chat", "no such model", "x"], "ConfigError", "folder"),
         (["chat", "owner/absent", "x"], "ModelFilesError", "Download"),
         (["chat", "default", "x", "--max-new-tokens", "2", "--top-p", "7"], "RequestError", ""),
-        (["plan", "default", "--vram", "10"], "MemoryPlanError", ""),
+        (["chat", "default", "x", "--vram", "10"], "MemoryPlanError", ""),
+        (["plan", "default", "--profile", "voodoo2"], "ConfigError", "rtx4090"),
+        (["plan", "default", "--profile", "laptop12", "--link", "pcie5x16"], "ConfigError", "pcie"),
+        (["plan", "default", "--profile", "rtx4090", "--cpu", "z80"], "ConfigError", "cpu55"),
     ],
 )
 def test_a_failure_is_an_object_with_a_next_step(

@@ -27,7 +27,7 @@ def test_a_preset_is_made_of_known_parts_and_every_reading_is_assumed(name: str)
     profile = preset.profile()
     readings = [getattr(profile, field.name) for field in fields(profile)]
     readings = [reading for reading in readings if isinstance(reading, Reading)]
-    assert len(readings) == 11
+    assert len(readings) == 13
     assert all(reading.source == "assumed" and reading.value > 0 for reading in readings)
     assert profile.device_kind == "emulated"
 

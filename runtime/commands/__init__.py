@@ -28,7 +28,26 @@ class Command:
 COMMANDS = {
     "probe": Command("what this computer has and how fast it is", "runtime.commands.probe", {}),
     "plan": Command(
-        "what of a model would go where", "runtime.commands.plan", {"model": {**MODEL}}
+        "whether a model fits, what would go where, and how fast it would be",
+        "runtime.commands.plan",
+        {
+            "model": {
+                "metavar": "MODEL",
+                "help": MODEL["help"] + "; a config.json without the weights is enough",
+            },
+            "--profile": {
+                "metavar": "NAME",
+                "help": "a machine by its card, such as rtx4090, in place of this one; --ram is"
+                " then all the RAM it has",
+            },
+            "--link": {"metavar": "NAME", "help": "the stated card's link, such as pcie3x16"},
+            "--cpu": {"metavar": "NAME", "help": "the stated machine's CPU, such as cpu55"},
+            "--context": {
+                "type": int,
+                "metavar": "TOKENS",
+                "help": "room for one chat of so many tokens, at least",
+            },
+        },
     ),
     "chat": Command(
         "answer one prompt",
@@ -68,6 +87,8 @@ COMMANDS = {
             "--plot": {"metavar": "FILE", "help": "draw the result into a PNG file"},
             "--ablate": {"action": "store_true", "help": "leave out one part at a time instead"},
             "--live": {"action": "store_true", "help": "run the default model instead"},
+            "--layers": {"type": int, "metavar": "N", "help": "layers of the large checkpoint"},
+            "--folder": {"metavar": "DIR", "help": "where the large checkpoint lies, or shall lie"},
         },
     ),
     "doctor": Command("look for problems and say what to do", "runtime.commands.doctor", {}),
