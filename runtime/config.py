@@ -14,6 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from runtime.errors import ConfigError, ModelFilesError
+from runtime.gguf_names import SUFFIX, model_stem
 
 DATA_DIR_VARIABLE = "PRESCOPE_DATA_DIR"
 DEFAULT_MODEL = "default"
@@ -48,11 +49,11 @@ def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
 def model_folder(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of a model: `default`, a folder, or `owner/name` already downloaded.
 
-    Nothing is downloaded.
+    A GGUF file is a model too, and is returned itself. Nothing is downloaded.
 
     Raises:
         ModelFilesError: the model is known by its form, but its files are not on this disk.
-        ConfigError: the name is nothing of the three.
+        ConfigError: the name is nothing of these.
     """
     if name == DEFAULT_MODEL:
         if not (DEFAULT_MODEL_DIR / "config.json").is_file():
@@ -64,6 +65,9 @@ def model_folder(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder.resolve()
+    if folder.suffix == SUFFIX and folder.is_file():
+        # The file may be a link to one without the suffix, in a download cache.
+        return folder.parent.resolve() / folder.name
     if _HUB_NAME.fullmatch(name):
         found = _downloaded(hub_cache(environ) / ("models--" + name.replace("/", "--")))
         if found is not None:
@@ -74,14 +78,16 @@ def model_folder(name: str, environ: Mapping[str, str] = os.environ) -> Path:
         )
     raise ConfigError(
         f"There is no model called {name!r}.",
-        f"Give {DEFAULT_MODEL!r}, a folder, or owner/name of a downloaded model.",
+        f"Give {DEFAULT_MODEL!r}, a folder, a .gguf file, or owner/name of a downloaded model.",
     )
 
 
 def model_name(folder: Path) -> str:
-    """Return what a person calls the model in `folder`."""
+    """Return what a person calls the model in `folder`, or the GGUF file."""
     if folder == DEFAULT_MODEL_DIR:
         return DEFAULT_MODEL_NAME
+    if folder.suffix == SUFFIX:
+        return model_stem(folder.name)
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
@@ -95,10 +101,14 @@ def _downloaded(repository: Path) -> Path | None:
         commit = (repository / "refs" / "main").read_text("utf-8")[:80].strip()
     except (OSError, UnicodeDecodeError):
         commit = ""
-    if _COMMIT.fullmatch(commit) and (snapshots / commit / "config.json").is_file():
+    if _COMMIT.fullmatch(commit) and _looks_complete(snapshots / commit):
         return snapshots / commit
     try:
-        found = [path for path in snapshots.iterdir() if (path / "config.json").is_file()]
+        found = [path for path in snapshots.iterdir() if _looks_complete(path)]
     except OSError:
         return None
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _looks_complete(snapshot: Path) -> bool:
+    return (snapshot / "config.json").is_file() or any(snapshot.glob(f"*{SUFFIX}"))

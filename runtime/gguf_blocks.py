@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.formats import Form
-from runtime.gguf_header import BLOCKS
+from runtime.gguf_types import BLOCKS
 from runtime.weight_forms import Codes, dequantise
 
 FORMS = {

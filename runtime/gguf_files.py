@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import ModelFilesError, UnsupportedModelError
-from runtime.gguf_header import BLOCKS, GgufTensor, damaged, read_header
+from runtime.gguf_header import GgufTensor, damaged, read_header
+from runtime.gguf_names import SUFFIX, models_among, part_names, part_of
+from runtime.gguf_types import BLOCKS
 from runtime.safetensors_files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -18,7 +19,6 @@ from runtime.safetensors_files import (
     open_regular,
 )
 
-SUFFIX = ".gguf"
 # What a type's bytes are to torch. Blocks are bytes; `runtime.gguf_blocks` says what they mean.
 READABLE = {
     "F32": "float32",
@@ -27,8 +27,6 @@ READABLE = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"), "uint8"),
 }
 MAX_PARTS = 1000
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<parts>\d{5})\.gguf", re.DOTALL)
-_PROJECTOR = "mmproj"
 _CHOOSE = "Choose one of the .gguf files."
 
 
@@ -111,41 +109,31 @@ def gguf_paths(path: Path) -> tuple[Path, ...]:
             raise ModelFilesError(f"{path.name} holds {what}.", _CHOOSE)
         path = models[0]
         _check_link(path)
-    match = _PART.fullmatch(path.name)
-    if match is None:
+    part = part_of(path.name)
+    if part is None:
         return (path,)
-    parts = int(match["parts"])
+    stem, _, parts = part
     if not 1 <= parts <= MAX_PARTS:
         damaged(path, f"its name tells of {parts} parts")
-    paths = [
-        path.with_name(f"{match['stem']}-{number + 1:05d}-of-{match['parts']}{SUFFIX}")
-        for number in range(parts)
-    ]
+    paths = [path.with_name(name) for name in part_names(stem, parts)]
     if path not in paths:
         damaged(path, f"its name is that of no part of {parts}")
-    for part in paths:
-        if not part.is_file():
+    for other in paths:
+        if not other.is_file():
             raise ModelFilesError(
-                f"{part.name} is missing: this model has {parts} files.",
+                f"{other.name} is missing: this model has {parts} files.",
                 "Download the missing file into the same folder.",
             )
-        if part != path:
-            _check_link(part)
+        if other != path:
+            _check_link(other)
     return tuple(paths)
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """Return the GGUF files in `folder` that a model begins with."""
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+        return models_among(folder.iterdir())
     except OSError:
         return []
-    firsts: dict[str, Path] = {}
-    for path in found:
-        match = _PART.fullmatch(path.name)
-        if not path.name.startswith(_PROJECTOR):
-            firsts.setdefault(f"{match['stem']} of {match['parts']}" if match else path.name, path)
-    return list(firsts.values())
 
 
 def _entry(tensor: GgufTensor, number: int, path: Path) -> TensorEntry:

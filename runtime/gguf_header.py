@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from runtime.errors import ModelFilesError, UnsupportedModelError
+from runtime.gguf_types import TYPES
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_STRINGS = 2**21
@@ -45,43 +46,6 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-# ggml's tensor types by number: name, numbers per block, bytes per block.
-_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-}
-BLOCKS = {name: (numbers, size_bytes) for name, numbers, size_bytes in _TYPES.values()}
 _AGAIN = "Download this file again, or choose another model."
 
 
@@ -112,18 +76,7 @@ def read_header(file: io.FileIO, path: Path) -> GgufHeader:
         UnsupportedModelError: its version or one of its tensor types is not known.
     """
     reader = _Reader(file, path)
-    if reader.raw(4) != b"GGUF":
-        damaged(path, "it does not begin with GGUF")
-    (version,) = reader.take(_KIND)
-    if version not in (2, 3):
-        big_endian = version in (2 << 24, 3 << 24)
-        what = "is written for big-endian machines" if big_endian else f"has version {version}"
-        raise UnsupportedModelError(
-            f"{path.name} {what}; GGUF versions 2 and 3 can be read.", "Choose a newer file."
-        )
-    tensors, pairs = reader.count(), reader.count()
-    if tensors > MAX_TENSORS or pairs > MAX_PAIRS:
-        damaged(path, f"it claims {tensors} tensors and {pairs} keys")
+    tensors, pairs = _begin(reader)
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.text("a key", MAX_KEY_BYTES)
@@ -138,6 +91,27 @@ def read_header(file: io.FileIO, path: Path) -> GgufHeader:
     records = [_tensor_record(reader) for _ in range(tensors)]
     data = _aligned(reader.at, alignment)
     return GgufHeader(metadata, _place(records, data, alignment, reader))
+
+
+def read_outline(file: io.FileIO, path: Path) -> tuple[str, int]:
+    """Return the architecture and the number of experts, 0 for none, and read little for it.
+
+    Nothing else is checked. Raises as `read_header` does.
+    """
+    reader = _Reader(file, path)
+    _, pairs = _begin(reader)
+    metadata: dict[str, Any] = {}
+    architecture = ""
+    for _ in range(pairs):
+        key = reader.text("a key", MAX_KEY_BYTES)
+        if key.startswith("tokenizer.") or reader.at > _PIECE_BYTES:
+            break  # Long lists follow, and a writer has told of the model by now.
+        metadata[key] = reader.value(key)
+        architecture = metadata.get("general.architecture", "")
+        if f"{architecture}.expert_count" in metadata:
+            break
+    experts = metadata.get(f"{architecture}.expert_count")
+    return str(architecture), experts if type(experts) is int else 0
 
 
 def damaged(path: Path, what: str) -> NoReturn:
@@ -249,6 +223,24 @@ class _Reader:
             self._held += piece
 
 
+def _begin(reader: _Reader) -> tuple[int, int]:
+    """Take magic, version and counts; return how many tensors and pairs there are."""
+    path = reader.path
+    if reader.raw(4) != b"GGUF":
+        damaged(path, "it does not begin with GGUF")
+    (version,) = reader.take(_KIND)
+    if version not in (2, 3):
+        big_endian = version in (2 << 24, 3 << 24)
+        what = "is written for big-endian machines" if big_endian else f"has version {version}"
+        raise UnsupportedModelError(
+            f"{path.name} {what}; GGUF versions 2 and 3 can be read.", "Choose a newer file."
+        )
+    tensors, pairs = reader.count(), reader.count()
+    if tensors > MAX_TENSORS or pairs > MAX_PAIRS:
+        damaged(path, f"it claims {tensors} tensors and {pairs} keys")
+    return tensors, pairs
+
+
 def _tensor_record(reader: _Reader) -> GgufTensor:
     """Read one record; its `begin` still counts from the start of the data."""
     path = reader.path
@@ -260,12 +252,12 @@ def _tensor_record(reader: _Reader) -> GgufTensor:
     if not all(0 < size < 2**62 for size in shape) or math.prod(shape) >= 2**62:
         damaged(path, f"tensor {name!r} has the shape {shape}")
     (number,) = reader.take(_KIND)
-    if number not in _TYPES:
+    if number not in TYPES:
         raise UnsupportedModelError(
             f"{path.name}: tensor {name!r} is of the unknown type {number}.",
             "Choose a version of this model in another quantisation.",
         )
-    kind, per_block, block_bytes = _TYPES[number]
+    kind, per_block, block_bytes = TYPES[number]
     if shape[-1] % per_block:
         damaged(path, f"tensor {name!r} is {kind}, but its rows of {shape[-1]} fill no blocks")
     size_bytes = math.prod(shape) // per_block * block_bytes

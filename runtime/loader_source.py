@@ -17,6 +17,7 @@ from runtime.adapter_gguf_text import gguf_eos_token_ids, open_gguf_tokenizer
 from runtime.adapter_recipes import Checkpoint, sort_checkpoint
 from runtime.adapter_text import eos_token_ids, open_tokenizer
 from runtime.gguf_files import GgufFiles, is_gguf
+from runtime.gguf_names import model_stem
 from runtime.quantized_tensors import fold
 from runtime.safetensors_files import SafetensorsFiles
 
@@ -75,7 +76,7 @@ def _gguf_source(files: GgufFiles) -> ModelSource:
     config = read_gguf_config(files)
     vocab_size = config.get_text_config().vocab_size
     return ModelSource(
-        name=files.paths[0].stem,
+        name=model_stem(files.paths[0].name),
         files=files,
         config=config,
         sort=lambda skeleton, layers: sort_gguf(skeleton, layers, files.tensors),
