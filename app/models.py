@@ -1,7 +1,8 @@
 """Which models the dropdown offers, found on this disk without loading or trusting any of them.
 
 Three places: the built-in model, the folders a person added, and what the Hugging Face cache holds
-already. A `config.json` is read with a size cap and believed only for its expert count.
+already. A `config.json` or the beginning of a GGUF file is read with a size cap and believed only
+for its expert count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.settings import SettingsStore
+from runtime.errors import ModelError
+from runtime.gguf_header import read_outline
+from runtime.gguf_names import SUFFIX, model_stem, models_among, part_names, part_of
 
 DEFAULT = "default"
 DEFAULT_LABEL = "PreScope Tiny (built in)"
@@ -36,6 +40,9 @@ _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ff
 _REVISION = frozenset("0123456789abcdef")
 
 
+Source = Literal["built in", "folder", "Hugging Face cache"]
+
+
 @dataclass(frozen=True)
 class ModelOffer:
     """One line of the dropdown. `path` is what `LoadRequest.model` takes.
@@ -50,7 +57,7 @@ class ModelOffer:
     model_type: str
     experts: int
     why: str
-    source: Literal["built in", "folder", "Hugging Face cache"]
+    source: Source
 
     @property
     def supported(self) -> bool:
@@ -99,9 +106,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return Path(os.path.expanduser(base)) / "huggingface" / "hub"
 
 
-def inspect_folder(
-    folder: Path, name: str, source: Literal["built in", "folder", "Hugging Face cache"]
-) -> ModelOffer:
+def inspect_folder(folder: Path, name: str, source: Source) -> ModelOffer:
     """Return what a model folder looks like from outside; never raises on what is in it."""
     size_bytes = 0
     for path in _entries(folder):
@@ -125,15 +130,56 @@ def inspect_folder(
     )
 
 
+def inspect_gguf(path: Path, name: str, source: Source) -> ModelOffer:
+    """Return what a GGUF model looks like, from any of its parts; never raises on its content."""
+    part = part_of(path.name)
+    names = part_names(part[0], part[2]) if part and part[2] <= _MAX_ENTRIES else [path.name]
+    sizes = {each: _file_bytes(path.with_name(each)) for each in names}
+    reason = next((f"{each} is missing." for each, size in sizes.items() if size == 0), "")
+    architecture, experts = "", 0
+    if not reason:
+        first = path.with_name(names[0])
+        try:
+            with open(first, "rb", buffering=0) as file:
+                architecture, experts = read_outline(file, first)
+        except ModelError as error:
+            reason = error.message
+        except OSError as error:
+            reason = f"{first.name} cannot be read ({error.strerror})."
+    if not reason and experts < 2:
+        reason = "Not a mixture of experts: its metadata names no experts."
+    return ModelOffer(
+        label=printable(name),
+        path=str(path),
+        size_bytes=sum(sizes.values()),
+        model_type=printable(architecture),
+        experts=experts,
+        why=reason,
+        source=source,
+    )
+
+
 def _in_folder(folder: Path) -> Iterator[ModelOffer]:
-    """Yield the folder itself if it is a model, else the models directly below it."""
-    if _file_bytes(folder / "config.json", any_kind=True) >= 0:
+    """Yield the folder itself if it is a model, else the models in it and directly below it."""
+    if folder.suffix == SUFFIX and _file_bytes(folder):
+        yield inspect_gguf(folder, model_stem(folder.name), "folder")
+        return
+    if _has_weights_of_its_own(folder):
         yield inspect_folder(folder, folder.name or str(folder), "folder")
         return
-    below = [path for path in _entries(folder) if _has_config(path)]
-    for path in below:
-        yield inspect_folder(path, path.name, "folder")
-    if not below:
+    found = False
+    for path in models_among(_entries(folder)):
+        found = True
+        yield inspect_gguf(path, model_stem(path.name), "folder")
+    for below in _entries(folder):
+        if _has_weights_of_its_own(below):
+            found = True
+            yield inspect_folder(below, below.name, "folder")
+        else:
+            for path in models_among(_entries(below)):
+                found = True
+                yield inspect_gguf(path, model_stem(path.name), "folder")
+    if not found:
         reason = "No model was found in this folder." if _is_folder(folder) else "No such folder."
         yield ModelOffer(
             printable(folder.name or str(folder)), str(folder), 0, "", 0, reason, "folder"
@@ -144,8 +190,15 @@ def _in_cache(cache: Path) -> Iterator[ModelOffer]:
     for repo in _entries(cache):
         kind, *parts = repo.name.split("--")
         snapshot = _snapshot(repo) if kind == "models" and parts else None
-        if snapshot is not None:
-            yield inspect_folder(snapshot, "/".join(parts), "Hugging Face cache")
+        if snapshot is None:
+            continue
+        name = "/".join(parts)
+        models = models_among(_entries(snapshot))
+        if not models or _has_weights_of_its_own(snapshot):
+            yield inspect_folder(snapshot, name, "Hugging Face cache")
+        for path in models:
+            label = f"{name}: {model_stem(path.name)}"
+            yield inspect_gguf(path, label, "Hugging Face cache")
 
 
 def _snapshot(repo: Path) -> Path | None:
@@ -203,8 +256,12 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _has_config(path: Path) -> bool:
-    return _file_bytes(path / "config.json", any_kind=True) >= 0
+def _has_weights_of_its_own(folder: Path) -> bool:
+    """Say whether a folder is a model by its config.json, and not only beside GGUF files."""
+    if _file_bytes(folder / "config.json", any_kind=True) < 0:
+        return False
+    entries = _entries(folder)
+    return any(path.suffix == ".safetensors" for path in entries) or not models_among(entries)
 
 
 def _changed_s(path: Path) -> float:

@@ -21,6 +21,7 @@ from app.models import (
     inspect_folder,
 )
 from app.settings import SettingsStore
+from tests.gguf_writer import gguf_bytes
 
 MIXTURE = {"model_type": "qwen3_moe", "num_experts": 128}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -211,3 +212,68 @@ def test_no_config_raises(tmp_path: Path, raw: bytes) -> None:
 )
 def test_where_the_cache_is(environ: dict[str, str], end: Path) -> None:
     assert cache_folder(environ) == end
+
+
+def gguf(path: Path, metadata: dict[str, Any] | None = None) -> Path:
+    """Write a GGUF file without tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"general.architecture": "qwen3moe", "qwen3moe.expert_count": 128}
+    tail = {"tokenizer.ggml.tokens": ["a"] * 1000}
+    path.write_bytes(gguf_bytes((told if metadata is None else metadata) | tail, {}))
+    return path
+
+
+def test_gguf_files_are_models_wherever_they_lie(tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    paths = [gguf(root / "A-Q4_K_M.gguf"), gguf(root / "repo" / "B-Q8_0.gguf")]
+    gguf(root / "repo" / "mmproj-B.gguf")
+    model(root / "hub", MIXTURE)
+    offers = shelf(tmp_path, root)[1:]
+    assert [(o.label, o.path) for o in offers] == [
+        ("A-Q4_K_M", str(paths[0])),
+        ("hub", str(root / "hub")),
+        ("B-Q8_0", str(paths[1])),
+    ]
+    assert offers[0].supported
+    assert (offers[0].experts, offers[0].model_type) == (128, "qwen3moe")
+    assert offers[0].size_bytes == paths[0].stat().st_size
+    (alone,) = shelf(tmp_path, paths[1])[1:]
+    assert (alone.path, alone.supported) == (str(paths[1]), True)
+
+
+def test_a_split_gguf_is_one_model_or_says_what_is_missing(tmp_path: Path) -> None:
+    parts = [gguf(tmp_path / "m" / f"B-0000{n}-of-00003.gguf") for n in (1, 2, 3)]
+    (offer,) = shelf(tmp_path, tmp_path / "m")[1:]
+    assert (offer.label, offer.path, offer.why) == ("B", str(parts[0]), "")
+    assert offer.size_bytes == sum(part.stat().st_size for part in parts)
+    parts[1].unlink()
+    (offer,) = shelf(tmp_path, tmp_path / "m")[1:]
+    assert offer.why == "B-00002-of-00003.gguf is missing."
+
+
+def test_downloaded_gguf_models_carry_the_name_of_their_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--o--n-GGUF" / "snapshots" / REVISION
+    gguf(snapshot / "n-Q4_0.gguf")
+    (snapshot / "config.json").write_text(json.dumps(MIXTURE))
+    (offer,) = shelf(tmp_path)[1:]
+    assert (offer.label, offer.why) == ("o/n-GGUF: n-Q4_0", "")
+    assert offer.path == str(snapshot / "n-Q4_0.gguf")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GGUF", "has 4"),
+        (b"not a model at all", "does not begin with GGUF"),
+        (b"GGUF" + b"\xff" * 20, "version"),
+        (gguf_bytes({"general.architecture": "llama"}, {}), "names no experts"),
+        (gguf_bytes({"general.architecture": 5, "5.expert_count": "x"}, {}), "names no experts"),
+        (gguf_bytes({}, {}), "names no experts"),
+    ],
+)
+def test_a_gguf_that_cannot_be_used_says_why(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "bad.gguf").write_bytes(content)
+    (offer,) = shelf(tmp_path, tmp_path / "m")[1:]
+    assert words in offer.why
+    assert not offer.supported
