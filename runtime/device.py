@@ -51,6 +51,10 @@ class Device(Protocol):
         """Return `size_bytes` uint8 of host memory, pinned where the system allows it."""
         ...
 
+    def release_host(self, block: torch.Tensor) -> None:
+        """Take back what `allocate_host` returned; nothing reads it any more."""
+        ...
+
     def is_pinned(self, host: torch.Tensor) -> bool:
         """Say whether the link may read `host` directly."""
         ...

@@ -71,9 +71,16 @@ class CudaDevice:
             self._registered[slab.data_ptr()] = slab
         return slab
 
+    def release_host(self, block: torch.Tensor) -> None:
+        if self._registered.pop(block.data_ptr(), None) is not None:
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            cudart.cudaHostUnregister(block.data_ptr())
+
     def is_pinned(self, host: torch.Tensor) -> bool:
         address = host.data_ptr()
-        return any(base <= address < base + slab.numel() for base, slab in self._registered.items())
+        # The transfer thread asks while the engine thread may give blocks back.
+        registered = list(self._registered.items())
+        return any(base <= address < base + slab.numel() for base, slab in registered)
 
     def computing(self) -> AbstractContextManager[object]:
         context: AbstractContextManager[object] = torch.cuda.stream(self._streams[Stream.COMPUTE])

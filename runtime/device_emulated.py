@@ -107,6 +107,9 @@ class EmulatedDevice:
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
+    def release_host(self, block: torch.Tensor) -> None:
+        """Ordinary memory goes when its last view goes."""
+
     def is_pinned(self, host: torch.Tensor) -> bool:
         return True
 

@@ -89,13 +89,17 @@ def load_model(
     cancelled: Callable[[], bool],
     experts: ExpertsWish = "as stored",
     kept: Path | None = None,
+    release_host: Callable[[Tensor], None] = lambda block: None,
+    ram_experts: int | None = None,
 ) -> LoadedModel:
     """Load the model in `folder`, or a GGUF file: dense weights to `torch_device`, experts to
     host slabs.
 
     `dtype` None takes the dtype its configuration names. `allocate_host(n)` returns `n` bytes of
-    uint8 for a slab. `progress` and `cancelled` are called from this thread and from loader
-    threads. Experts that are quantised on the way as `experts` asks are kept in the folder `kept`.
+    uint8 for a slab, and `release_host` gets it back; `ram_experts` is how many experts they hold,
+    None: all. The files stay open as long as the store. `progress` and `cancelled` are called from
+    this thread and from loader threads. Experts that are quantised on the way as `experts` asks are
+    kept in the folder `kept`.
 
     Raises:
         ModelFilesError: files are missing, damaged or do not fit each other.
@@ -131,14 +135,17 @@ def load_model(
             allocate_host=allocate_host,
             progress=naming(reading, dense.continued),
             cancelled=cancelled,
+            release_host=release_host,
+            ram_experts=ram_experts,
         )
         try:
             remarks = finish(reading, dense.continued, cancelled)
         except BaseException:
             store.close()
             raise
-    finally:
+    except BaseException:
         files.close()
+        raise
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -83,6 +83,15 @@ class TensorFiles(Protocol):
         """
         ...
 
+    @property
+    def cached(self) -> bool:
+        """Whether nearly all of the files is in the page cache already."""
+        ...
+
+    def read_past_cache(self, on: bool) -> None:
+        """Read past the page cache from now on, or through it again."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -177,7 +177,7 @@ def test_experts_are_never_in_memory_twice(tmp_path: Path) -> None:
     assert 0.9 * slabs < grown < slabs + dense + 48 * 2**20
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 20, 45])
+@pytest.mark.parametrize("after", [0, 1, 5, 20, 30])
 def test_cancelling_stops_a_load_at_once_and_leaves_nothing(after: int, tmp_path: Path) -> None:
     make_checkpoint("qwen3_moe", tmp_path)
     asked = [0]

@@ -121,7 +121,7 @@ def test_the_store_states_its_sizes_and_reports_progress(tmp_path: Path) -> None
     assert steps[-1].done_bytes == steps[-1].total_bytes == store.ram_bytes
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 13])
+@pytest.mark.parametrize("after", [0, 1, 5, 8])
 def test_cancelling_gives_every_slab_back(after: int, tmp_path: Path) -> None:
     asked, slabs = [0], []
 
@@ -143,7 +143,7 @@ def test_cancelling_gives_every_slab_back(after: int, tmp_path: Path) -> None:
             cancelled=cancelled,
             allocate_host=watched,
         )
-    assert slabs
+    assert slabs or not after
     assert all(slab() is None for slab in slabs)
 
 
