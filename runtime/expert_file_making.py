@@ -26,7 +26,7 @@ from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
 from runtime.kernels import views
 from runtime.store import ExpertSource
 from runtime.store_recipes import bytes_in
-from runtime.weight_forms import Codes, encode, parts_of
+from runtime.weight_forms import Codes, encode, form_for, parts_of
 
 SYNC_BYTES = 64 * 2**20
 
@@ -102,6 +102,7 @@ def quantised_layer(
         if form is None:
             tensors.append((part.name, part.shape, part.dtype))
             continue
+        form = form_for(form, getattr(torch, part.dtype))
         matrices.append(Matrix(part.name, (shape[0], shape[1]), form))
         tensors += parts_of(matrices[-1])
     return LayerForms(experts, plain, lay_out(tensors, matrices), transposed)

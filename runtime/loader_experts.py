@@ -143,7 +143,7 @@ def quantiser_for(kind: FormKind) -> Quantiser:
 def _form(kind: FormKind, shape: tuple[int, int]) -> Form | None:
     if kind == "int8":
         return Form("int8")
-    columns = next((n for n in (64, 32) if shape[1] % n == 0), None)
+    columns = next((n for n in (64, 32, 16) if shape[1] % n == 0), None)
     return None if columns is None else Form("int4", columns=columns, zeros=True)
 
 
