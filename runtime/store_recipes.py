@@ -24,6 +24,8 @@ from runtime.safetensors_files import TensorEntry
 from runtime.weight_forms import Codes, encode
 
 _SCRATCH_ITEMS = 2**20
+RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8"}
+"""As what a part holds numbers of these stored dtypes, which mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class RecipeSource:
 
     def _copy(self, raw: Tensor, part: Part, piece: Piece) -> None:
         entry = self._files.tensors[piece.tensor]
-        if entry.dtype == part.dtype:
+        if part.dtype == RAW_DTYPES.get(entry.stored, entry.dtype):
             size = DTYPE_BYTES[part.dtype]
             place = raw[piece.into * size : (piece.into + piece.items) * size]
             self._files.read_into(piece.tensor, piece.first * size, bytes_in(place))
