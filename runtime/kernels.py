@@ -42,12 +42,13 @@ class ExpertMath:
     in_float32: bool = False
     accumulate: Accumulate = "hidden"
     matrices: tuple[Matrix, ...] = ()
-    few_tokens: int = FEW_TOKENS
+    few_tokens: int | None = FEW_TOKENS
 
-    def reading(self, layout: ExpertFormat, few_tokens: int = FEW_TOKENS) -> ExpertMath:
+    def reading(self, layout: ExpertFormat, few_tokens: int | None = FEW_TOKENS) -> ExpertMath:
         """Return the same arithmetic over weights that are held as `layout` says.
 
-        Up to `few_tokens` a CPU multiplies by them as they are held, above it dequantises first.
+        Up to `few_tokens` a CPU multiplies by them as they are held, above it dequantises first;
+        None stands for the reference, as if the weights were plain.
         """
         return replace(self, matrices=layout.matrices, few_tokens=few_tokens)
 

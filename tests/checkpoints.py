@@ -62,7 +62,7 @@ def attach_plain_runner(layers: tuple[MoeLayer, ...], store: ExpertStore) -> Non
 
     def run(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         layout = layers[layer].format
-        math = layers[layer].math.reading(layout)
+        math = layers[layer].math.reading(layout, few_tokens=None)
         dtype = math.row_dtype(hidden.dtype, weights.dtype)
         rows = torch.zeros((index.numel(), hidden.shape[-1]), dtype=dtype)
         for expert in index.unique().tolist():
