@@ -5,20 +5,22 @@ Each step reads the bytes of one expert and no other, and can be carried out aga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from runtime import quantized_codes
 from runtime.adapter import MoeLayer
 from runtime.errors import ModelFilesError, UnsupportedModelError
-from runtime.formats import Form, Matrix, Part
+from runtime.formats import DTYPE_BYTES, Form, Matrix, Part
 from runtime.quantized_tensors import QuantisedTensor
 from runtime.safetensors_files import TensorEntry
-from runtime.store_recipes import Encoding, LayerSource, Recipe
-from runtime.weight_forms import Codes
+from runtime.store_recipes import RAW_DTYPES, Encoding, LayerSource, Piece, Recipe
+from runtime.weight_forms import Codes, form_for, parts_of
 
 _AGAIN = "Download the model again, or choose another one."
 _OTHER = "Choose another version of this model, such as one in bfloat16 or GGUF."
@@ -57,6 +59,7 @@ def quantised_part(
     if layer.math.transposed:
         _unsupported(name, "it keeps inputs before outputs")
     form, outputs = _agreed(name, [column[0] for column in tensors])
+    matrix = _matrix(part, (outputs, tensors[0][0].shape[-1]), form)
     recipes: list[Recipe] = []
     for expert in range(layer.experts):
         pieces = [column[expert] for column in tensors]
@@ -65,9 +68,7 @@ def quantised_part(
         for piece in pieces:
             if len(piece.shape) != 2 or piece.shape[1:] != part.shape[1:]:
                 _wrong(name, f"{piece.name} has the shape {piece.shape}")
-        inputs = tuple(read for piece in pieces for read in piece.inputs())
-        matrix = Matrix(part.name, (outputs, pieces[0].shape[1]), form)
-        recipes.append((Encoding(matrix, inputs, _joining(form, pieces)),))
+        recipes.append(_steps(matrix, form, pieces, 0))
     if (outputs, *part.shape[1:]) != part.shape:
         _wrong(name, f"an expert has {outputs} rows in the files instead of {part.shape[0]}")
     return matrix, recipes
@@ -84,10 +85,44 @@ def _fused(tensor: QuantisedTensor, layer: MoeLayer, part: Part) -> tuple[Matrix
     if tensor.shape != (layer.experts, *shape):
         wanted = (layer.experts, *shape)
         _wrong(name, f"{tensor.name} has the shape {tensor.shape} instead of {wanted}")
-    matrix = Matrix(part.name, (shape[0], shape[1]), tensor.form)
-    return matrix, [
-        (Encoding(matrix, tensor.inputs(expert), tensor.codes),) for expert in range(layer.experts)
-    ]
+    matrix = _matrix(part, (shape[0], shape[1]), tensor.form)
+    return matrix, [_steps(matrix, tensor.form, [tensor], e) for e in range(layer.experts)]
+
+
+def _matrix(part: Part, shape: tuple[int, int], form: Form) -> Matrix:
+    dtype: torch.dtype = getattr(torch, part.dtype)
+    return Matrix(part.name, shape, form_for(form, dtype))
+
+
+def _steps(matrix: Matrix, form: Form, pieces: Sequence[QuantisedTensor], expert: int) -> Recipe:
+    """Return the steps that put `pieces`, each number `expert` of its tensor, below each other."""
+    straight = _straight(matrix, pieces, expert)
+    if straight is not None:
+        return straight
+    inputs = tuple(read for piece in pieces for read in piece.inputs(expert))
+    return (Encoding(matrix, inputs, _joining(form, pieces)),)
+
+
+def _straight(matrix: Matrix, pieces: Sequence[QuantisedTensor], expert: int) -> Recipe | None:
+    """Return plain copies where the parts lie as the files' own tensors do."""
+    parts = parts_of(matrix)
+    as_stored = all(piece.form.rows == matrix.form.rows for piece in pieces)
+    if matrix.form.kind not in ("fp8", "mxfp4") or len(parts) != 2 or not as_stored:
+        return None
+    steps: list[Piece] = []
+    for number, (name, shape, dtype) in enumerate(parts):
+        into = 0
+        for piece in pieces:
+            source = piece.sources[number]
+            stored = RAW_DTYPES.get(source.stored, source.dtype)
+            if len(piece.sources) != 2 or stored != dtype:
+                return None
+            items = piece.inputs(expert)[number][2] // DTYPE_BYTES[dtype]
+            steps.append(Piece(name, source.name, expert * items, items, into))
+            into += items
+        if into != math.prod(shape):
+            return None
+    return tuple(steps)
 
 
 def _agreed(name: str, pieces: Sequence[QuantisedTensor]) -> tuple[Form, int]:

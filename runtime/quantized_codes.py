@@ -46,7 +46,7 @@ def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Codes:
 
 def _awq_numbers(words: Tensor) -> Tensor:
     """int32 (rows, N / 8), outputs in AutoAWQ's order, to uint8 (N, rows)."""
-    words = words.t().contiguous()
+    words = _turned(words)
     numbers = torch.empty((words.shape[0], 8, words.shape[1]), dtype=torch.uint8)
     for place, output in enumerate(_AWQ_OUTPUTS):
         numbers[:, output] = (words >> (4 * place)) & 15
@@ -60,7 +60,7 @@ def gptq(
 
     `scales` is (K / group, N). Also says whether a form without zeros may stand for these.
     """
-    numbers, zeros = qweight.t().contiguous().view(torch.uint8), qzeros.view(torch.uint8)
+    numbers, zeros = _turned(qweight).view(torch.uint8), qzeros.view(torch.uint8)
     middle = 128
     if form.kind == "int4":
         numbers, zeros, middle = _nibbles(numbers), _nibbles(zeros), 8
@@ -84,7 +84,7 @@ def packed(form: Form, weight: Tensor, scales: Tensor, zero_points: Tensor | Non
         numbers, middle = _nibbles(numbers), 8
     if zero_points is None:
         return Codes(form, _centred(form, numbers), scales)
-    zeros = zero_points.t().contiguous().view(torch.uint8)
+    zeros = _turned(zero_points).view(torch.uint8)
     if form.kind == "int4":
         zeros = _nibbles(zeros)
     offsets = (middle - zeros[:, :outputs].t().float()) * scales
@@ -116,6 +116,11 @@ def join(form: Form, pieces: Sequence[Codes]) -> Codes:
 def _finer(piece: Codes, blocks: Tensor, form: Form) -> Tensor:
     rows = -(-piece.codes.shape[0] // form.rows)
     return blocks.repeat_interleave(piece.form.rows // form.rows, 0)[:rows]
+
+
+def _turned(words: Tensor) -> Tensor:
+    # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
+    return words.t().clone(memory_format=torch.contiguous_format)
 
 
 def _nibbles(numbers: Tensor) -> Tensor:

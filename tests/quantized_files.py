@@ -291,10 +291,12 @@ def write_quantised(
     folder: Path,
     plain: Path | None = None,
     keep: Callable[[str], bool] = lambda name: False,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Write a random checkpoint into `folder` and return its configuration without quantisation.
 
-    `plain` gets the same model with plain weights; `keep` says which layers stay plain in both.
+    `plain` gets the same model with plain weights in `dtype`; `keep` says which layers stay plain
+    in both.
     """
     sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32}
     if file_format.family == "deepseek_v3":
@@ -304,13 +306,12 @@ def write_quantised(
     write_checkpoint(config, folder, file_format.dtype)
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    dtype: torch.dtype = getattr(torch, file_format.dtype)
     generator = torch.Generator().manual_seed(7)
     packed: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if keep(name) or not _is_linear(name, tensor, file_format):
-            packed[name] = meant[name] = tensor
+            packed[name], meant[name] = tensor, tensor.to(dtype)
         elif tensor.dim() == 3:  # gpt_oss keeps (experts, inputs, outputs) in plain files
             made = [file_format.pack(generator, *tensor.shape[:0:-1]) for _ in tensor]
             for suffix in made[0][0]:
@@ -326,6 +327,7 @@ def write_quantised(
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if plain is not None:
         plain.mkdir()
+        config.dtype = dtype
         save_file(meant, plain / "model.safetensors", {"format": "pt"})
         (plain / "config.json").write_text(json.dumps(record), encoding="utf-8")
     record["quantization_config"] = file_format.config

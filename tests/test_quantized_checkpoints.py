@@ -21,7 +21,8 @@ from runtime.core import ExpertId
 from runtime.errors import ModelError, ModelFilesError, UnsupportedModelError
 from runtime.kernels import views
 from runtime.loader import LoadedModel, read_shape
-from runtime.quantized_tensors import fold
+from runtime.quantized_schemes import quantisation_from
+from runtime.quantized_tensors import QuantisedTensor, fold
 from runtime.safetensors_files import SafetensorsFiles
 from runtime.store_recipes import RecipeSource, bytes_in
 from runtime.weight_forms import dequantise, held
@@ -48,13 +49,59 @@ def expert_weights(loaded: LoadedModel, layer: int, expert: int) -> dict[str, Te
     return plain
 
 
-@pytest.mark.parametrize("name", FILE_FORMATS)
+WHOLE_MODELS = (
+    "fp8 blocks",
+    "fp8 blocks, deepseek",
+    "fp8 rows",
+    "fp8 tensors",
+    "int4 groups",
+    "int4 groups, zeros",
+    "awq",
+    "gptq",
+    "mxfp4",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in FILE_FORMATS if name != "mxfp4"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 32), (8, 80), (328, 16)])
+def test_a_matrix_means_what_its_format_says(
+    name: str, outputs: int, inputs: int, tmp_path: Path
+) -> None:
+    file_format = FILE_FORMATS[name]
+    packed, meaning = file_format.pack(torch.Generator().manual_seed(5), outputs, inputs)
+    tensors = {f"a.b.{suffix}": tensor for suffix, tensor in packed.items()}
+    save_file(tensors | {"a.c.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    files = SafetensorsFiles(tmp_path)
+    table = fold(files.tensors, quantisation_from(file_format.config))
+    assert (
+        {"a.b.weight", "a.c.weight"}
+        <= table.keys()
+        <= {
+            "a.b.weight",
+            "a.c.weight",
+            "a.b.weight_shape",
+            "a.b.input_scale",
+        }
+    )
+    tensor = table["a.b.weight"]
+    assert isinstance(tensor, QuantisedTensor)
+    assert tensor.shape == (outputs, inputs)
+    raw = []
+    for source, first, size in tensor.inputs():
+        raw.append(torch.empty(size, dtype=torch.uint8))
+        files.read_into(source, first, bytes_in(raw[-1]))
+    files.close()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(tensor.dequantised(raw, dtype), meaning.to(dtype))
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_weights_and_logits_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     file_format = FILE_FORMATS[name]
     folder, plain = tmp_path / "quantised", tmp_path / "plain"
     config = write_quantised(file_format, folder, plain)
     reference = load_reference(plain, config)
-    loaded = load(folder)
+    loaded = load(folder, dtype=torch.float32)
 
     transposed = loaded.layers[0].math.transposed
     for layer in loaded.layers:
@@ -80,13 +127,14 @@ def test_weights_and_logits_are_those_of_the_plain_model(name: str, tmp_path: Pa
         assert expected.std() > 0.03
         if transposed:
             # The reference multiplies by (inputs, outputs) and may add up in another order.
-            assert (expected - actual).abs().max() <= 0.02 * expected.abs().max()
+            assert (expected - actual).abs().max() <= 1e-5 * expected.abs().max()
         else:
             assert torch.equal(expected, actual)
 
-    assert read_shape(folder) == loaded.shape
+    assert read_shape(folder, torch.float32) == loaded.shape
     assert loaded.shape.expert_bytes == loaded.store.slot_bytes
-    assert loaded.shape.expert_bytes < 0.9 * read_shape(plain).expert_bytes
+    plain_bytes = sum(getattr(stock, part)[0].nbytes for part, _ in stock.named_parameters())
+    assert loaded.shape.expert_bytes < 0.5 * plain_bytes
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "int4 groups", "awq", "gptq", "mxfp4"])
@@ -96,7 +144,8 @@ def test_layers_and_matrices_that_were_left_plain_stay_plain(name: str, tmp_path
     def keep(tensor: str) -> bool:
         return "layers.0" in tensor or "down_proj" in tensor or "self_attn.k_proj" in tensor
 
-    config = write_quantised(FILE_FORMATS[name], folder, plain, keep)
+    dtype = getattr(torch, FILE_FORMATS[name].dtype)
+    config = write_quantised(FILE_FORMATS[name], folder, plain, keep, dtype)
     loaded = load(folder)
     first, second = loaded.layers
     assert first.format.matrices == ()
@@ -105,7 +154,8 @@ def test_layers_and_matrices_that_were_left_plain_stay_plain(name: str, tmp_path
     reference = load_reference(plain, config)
     attach_plain_runner(loaded.layers, loaded.store)
     for expected, actual in zip(logits(reference), logits(loaded.model), strict=True):
-        assert (expected - actual).abs().max() <= 0.02 * expected.abs().max()
+        # In bfloat16 experts take faster ways that round otherwise.
+        assert (expected - actual).abs().max() <= 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
