@@ -11,8 +11,8 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,8 @@ class ModelOffer:
     """One line of the dropdown. `path` is what `LoadRequest.model` takes.
 
     `why` is empty when the model looks usable, else the sentence why not. Whether it really
-    loads is for the engine to say.
+    loads is for the engine to say. `plan` says in a few words what it would do on this machine,
+    once that is known.
     """
 
     label: str
@@ -58,6 +59,7 @@ class ModelOffer:
     experts: int
     why: str
     source: Source
+    plan: str = ""
 
     @property
     def supported(self) -> bool:
@@ -73,7 +75,9 @@ class ModelShelf:
         *,
         default_folder: Path | None = None,
         environ: Mapping[str, str] = os.environ,
+        plan_of: Callable[[str], str] = lambda path: "",
     ) -> None:
+        self._plan_of = plan_of
         self._settings = settings_store
         self._default_folder = default_folder
         self._environ = environ
@@ -84,7 +88,14 @@ class ModelShelf:
         for name in filter(None, self._settings.current().model_folders):
             found += itertools.islice(_in_folder(Path(name)), _MAX_OFFERS)
         found += itertools.islice(_in_cache(cache_folder(self._environ)), _MAX_OFFERS)
-        return list({offer.path: offer for offer in reversed(found)}.values())[::-1]
+        offers = list({offer.path: offer for offer in reversed(found)}.values())[::-1]
+        return [self._planned(offer) for offer in offers]
+
+    def _planned(self, offer: ModelOffer) -> ModelOffer:
+        """Add what the model would do here; the built-in one is made to run everywhere."""
+        if offer.source == "built in" or not offer.supported:
+            return offer
+        return replace(offer, plan=self._plan_of(offer.path))
 
     def _built_in(self) -> ModelOffer:
         if self._default_folder is None:

@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse
 from app.history import History
 from app.live import LiveFeed
 from app.models import ModelShelf
+from app.plans import ModelPlans
 from app.prediction import PredictionWatch
 from app.security import Guard
 from app.session import ChatSessions
@@ -75,7 +76,10 @@ class AppServer:
 
     def _open(self, port: int, engine: EngineClient, ui: ModuleType | Any) -> None:
         self.sessions = ChatSessions(self.history, self.settings, engine)
-        self.models = ModelShelf(self.settings, default_folder=DEFAULT_MODEL)
+        self.plans = ModelPlans(self.data_dir, self.settings)
+        self.models = ModelShelf(
+            self.settings, default_folder=DEFAULT_MODEL, plan_of=self.plans.label
+        )
         prediction = PredictionWatch(self.settings, engine, self.sessions.progress)
         self.feed = LiveFeed(engine, prediction)
         self._socket = bind_loopback(port)
@@ -115,6 +119,7 @@ class AppServer:
     def close(self) -> None:
         """Save what is being answered, end the engine, and forget the run file."""
         self._socket.close()
+        self.plans.close()
         self.sessions.close()
         self.engine.close()
         self.history.close()

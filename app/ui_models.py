@@ -67,6 +67,8 @@ def _label(model: ModelOffer) -> str:
         said.append(_size(model.size_bytes))
     if model.why:
         said.append("not supported")
+    elif model.plan:
+        said.append(model.plan)
     return " \N{MIDDLE DOT} ".join(said)
 
 

@@ -73,6 +73,22 @@ def test_a_folder_may_be_a_model_or_hold_models(tmp_path: Path) -> None:
     assert offers[1].path == str(one)
 
 
+def test_a_model_that_can_be_loaded_says_what_it_would_do(tmp_path: Path) -> None:
+    good, bad = model(tmp_path / "good"), model(tmp_path / "bad", {"model_type": "llama"})
+    store = SettingsStore(tmp_path / "data")
+    store.update(model_folders=[str(good), str(bad)])
+    asked = []
+
+    def plan_of(path: str) -> str:
+        asked.append(path)
+        return "fits"
+
+    environ = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    offers = ModelShelf(store, environ=environ, plan_of=plan_of)()
+    assert [offer.plan for offer in offers] == ["", "fits", ""]
+    assert asked == [str(good)]
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "why"),
     [

@@ -251,3 +251,13 @@ def test_text_and_drawings_stand_out(mode: str) -> None:
         if contrast(found[one], found[other]) < 4.5
     ]
     assert too_faint == []
+
+
+def test_the_picker_says_what_a_model_would_do_or_that_it_cannot_run() -> None:
+    from app.models import ModelOffer
+    from app.ui_models import _label
+
+    fits = ModelOffer("m", "/m", 61_000_000_000, "gpt_oss", 128, "", "folder", "needs the disk")
+    assert _label(fits) == "m · 61 GB · needs the disk"
+    assert _label(ModelOffer("m", "/m", 0, "", 0, "No experts.", "folder")) == "m · not supported"
+    assert _label(ModelOffer("m", "/m", 7_000_000, "", 8, "", "folder")) == "m · 7 MB"

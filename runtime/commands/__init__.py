@@ -42,6 +42,11 @@ COMMANDS = {
             },
             "--link": {"metavar": "NAME", "help": "the stated card's link, such as pcie3x16"},
             "--cpu": {"metavar": "NAME", "help": "the stated machine's CPU, such as cpu55"},
+            "--unloaded": {
+                "action": "store_true",
+                "help": "this machine as its last load found it, while no model is loaded; leaves"
+                " the card alone",
+            },
             "--context": {
                 "type": int,
                 "metavar": "TOKENS",

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     request = load_request(options)
     given = Path(request.model).expanduser()
     folder = given.resolve() if given.is_file() else model_folder(request.model)
-    profile = None if options.profile else _this_machine(request)
+    profile = None if options.profile else _this_machine(options, request)
     foreseen = foresee_shape(folder, _dtype(profile), request.experts)
     if profile is None:
         profile = _stated_profile(options, request, foreseen)
@@ -106,9 +106,20 @@ def _where(
     return [row for row in rows if row["bytes"]]
 
 
-def _this_machine(request: LoadRequest) -> HardwareProfile:
-    from runtime.assembly import profile_for
+def _this_machine(options: argparse.Namespace, request: LoadRequest) -> HardwareProfile:
+    """Probe this machine, or remember it as it was probed at the last load.
 
+    Beside a running engine its card must be left alone, and what the engine holds is given back
+    before another model is loaded.
+    """
+    from runtime.assembly import profile_for
+    from runtime.config import DEFAULT_MODEL, data_dir
+    from runtime.profiles_file import kept_profile
+
+    if options.unloaded and request.model != DEFAULT_MODEL:
+        kept = kept_profile(data_dir(options.data_dir))
+        if kept is not None:
+            return kept
     return profile_for(request)
 
 
