@@ -65,6 +65,7 @@ def assemble(
     from runtime.executor import Executor
     from runtime.loader import load_model, read_shape
     from runtime.planner import plan_memory
+    from runtime.prompts_templates import Templates, settle_template
 
     profile = profile_for(request)
     folder = model_folder(request.model)
@@ -93,9 +94,13 @@ def assemble(
         undo.callback(loaded.store.close)
         for remark in loaded.remarks:
             log.warning("%s", remark)
-        if loaded.tokenizer is None or not loaded.has_chat_template:
+        templates = Templates()
+        undo.callback(templates.close)
+        told = settle_template(templates, loaded.tokenizer) if loaded.tokenizer else None
+        if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
             raise UnsupportedModelError(
-                f"{model_name(folder)} has no tokenizer with a chat template, so it cannot chat.",
+                f"{model_name(folder)} has no tokenizer with a chat template, so it cannot chat."
+                + (f" {told}" if told else ""),
                 "Choose the model's instruct or chat variant.",
             )
         # Without a card there are no slots, and only one thing can be done.
@@ -126,6 +131,7 @@ def assemble(
         detach(loaded.layers)
         executor.close()
         loaded.store.close()
+        templates.close()
         gc.collect()  # modules and caches refer to each other; their memory is wanted back now
 
     config = loaded.model.config
@@ -142,7 +148,8 @@ def assemble(
             profile=profile,
             plan=plan,
             close=close,
-            remarks=loaded.remarks,
+            remarks=(*loaded.remarks, *([told] if told else [])),
+            render=templates.render,
         ),
         publish,
     )

@@ -51,7 +51,7 @@ class Engine:
         prefill_chunk_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self.parts = parts
-        self._prompts = PromptEncoder(parts.tokenizer)
+        self._prompts = PromptEncoder(parts.tokenizer, parts.render)
         plan = parts.plan
         longest = plan.context_tokens or plan.kv_tokens
         self.context_tokens = min(parts.context_tokens, plan.kv_tokens, longest)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Verdict
 from runtime.executor import RoutedTokens
-from runtime.prompts import Tokenizer
+from runtime.prompts import Render, Tokenizer
 from runtime.sequences import Cache
 from runtime.telemetry import Counters
 
@@ -72,7 +72,8 @@ class EngineParts:
     """A loaded model and everything it runs on.
 
     `new_cache` makes an empty KV cache for it; `close` gives all of it back. `remarks` are
-    sentences for a person about how it was loaded.
+    sentences for a person about how it was loaded. `render` runs the tokenizer's chat template
+    where it can do no harm; None runs it in this process.
     """
 
     model: Callable[..., Any]
@@ -87,3 +88,4 @@ class EngineParts:
     plan: MemoryPlan
     close: Callable[[], None]
     remarks: tuple[str, ...] = ()
+    render: Render | None = None

@@ -8,7 +8,7 @@ spellings is encoded exactly as the tokenizer's own `apply_chat_template` would.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
 
+Render = Callable[[Any, Sequence[Mapping[str, str]]], str]
+"""render(tokenizer, turns) -> the conversation as its template writes it; raises TemplateError"""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered conversation. `opens_reasoning`: the template already wrote the think tag."""
@@ -76,8 +80,10 @@ class Prompt:
 class PromptEncoder:
     """Renders and encodes conversations for one tokenizer. Used by the engine thread."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, render: Render | None = None) -> None:
+        """`render` runs the template; None runs it right here, for templates that are trusted."""
         self._tokenizer = tokenizer
+        self._render_turns = render or _render_here
         control = {
             token_id: token.content
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -152,16 +158,7 @@ class PromptEncoder:
                 "This model has no chat template, so it cannot hold a conversation.",
                 "Choose the model's instruct or chat variant.",
             )
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        except TEMPLATE_FAILURES as failure:
-            reason = str(failure).replace(BREAK, "") or type(failure).__name__
-            raise TemplateError(
-                f"The model's chat template refused these messages: {reason[:300]}",
-                "Check the order of the messages; some templates allow no system message.",
-            ) from failure
+        rendered = self._render_turns(self._tokenizer, turns)
         if not isinstance(rendered, str):
             raise TemplateError("The model's chat template did not render to text.")
         if len(rendered) > MAX_RENDERED_CHARACTERS:
@@ -187,6 +184,20 @@ class PromptEncoder:
         if ids[:size] == self._newline_ids:
             return ids[size:]
         return self._encode(text)
+
+
+def _render_here(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]]) -> str:
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+    except TEMPLATE_FAILURES as failure:
+        reason = str(failure).replace(BREAK, "") or type(failure).__name__
+        raise TemplateError(
+            f"The model's chat template refused these messages: {reason[:300]}",
+            "Check the order of the messages; some templates allow no system message.",
+        ) from failure
+    return rendered
 
 
 def too_long(tokens: str, context_tokens: int) -> ContextLengthError:

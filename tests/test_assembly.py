@@ -160,9 +160,17 @@ def test_a_load_tells_how_far_it_is_and_can_be_cancelled_anywhere() -> None:
             assemble(LoadRequest(), cancelled=cancelled, virtual_clock=True)
 
 
-def test_a_model_without_a_template_is_refused_at_load(tmp_path: Path) -> None:
+def test_a_model_without_a_template_gets_ours_if_one_fits_and_is_refused_if_not(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "mute"
     shutil.copytree(DEFAULT_MODEL_DIR, folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UnsupportedModelError, match="chat template"):
+    engine = assemble(LoadRequest(str(folder)))
+    assert any("no chat template" in told and "ChatML" in told for told in engine.remarks)
+    assert engine.prompt_ids([Message("user", "x")])
+    engine.close()
+    tokens = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokens.replace("im_start", "imstart"), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="chat template.*none of PreScope's own fits"):
         assemble(LoadRequest(str(folder)))
