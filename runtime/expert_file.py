@@ -12,23 +12,19 @@ expert behind. CRC-32 finds damage; it is no defence against somebody who may wr
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
-import struct
-import threading
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from runtime.core import ExpertId
+from runtime.disk_direct import is_cached
 from runtime.errors import DiskError, ModelFilesError
+from runtime.expert_file_blocks import Blocks, places, write_at
 from runtime.expert_file_header import (
-    BLOCK_BYTES,
-    ENTRY_BYTES,
-    PREAMBLE,
     ExpertFileHeader,
     encode_preamble,
     partial_path,
@@ -38,50 +34,7 @@ from runtime.expert_file_header import (
 )
 
 SPARE_PERCENT = 5
-_ENTRY = struct.Struct("<II")
-_THERE = 1
-_PIECE_BYTES = 32 * 2**20
-_PREADV = getattr(os, "preadv", None)  # Windows has neither of these.
-_PWRITE = getattr(os, "pwrite", None)
 _FADVISE: Any = getattr(os, "posix_fadvise", None)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where everything lies in a file with a given header."""
-
-    table_at: int
-    data_at: int
-    size_bytes: int
-    first: tuple[int, ...]
-    """the number of each layer's first expert, counted through all layers"""
-    begin: tuple[int, ...]
-    """the byte at which each layer's experts begin"""
-    stride: tuple[int, ...]
-    """the bytes from one expert of a layer to the next, whole blocks"""
-
-    def number(self, expert: ExpertId) -> int:
-        """Return the expert's place in the table."""
-        return self.first[expert.layer] + expert.expert
-
-    def offset(self, expert: ExpertId) -> int:
-        """Return the byte at which the expert begins."""
-        return self.begin[expert.layer] + expert.expert * self.stride[expert.layer]
-
-
-def places(header: ExpertFileHeader) -> Places:
-    """Lay a file out."""
-    table_at = _up(PREAMBLE.size + len(header.encoded()))
-    data_at = at = _up(table_at + header.expert_count * ENTRY_BYTES)
-    first, begin, stride = [], [], []
-    count = 0
-    for layer in header.layers:
-        first.append(count)
-        begin.append(at)
-        stride.append(_up(layer.format.size_bytes))
-        count += layer.experts
-        at += layer.experts * stride[-1]
-    return Places(table_at, data_at, at, tuple(first), tuple(begin), tuple(stride))
 
 
 class ExpertFile:
@@ -90,7 +43,7 @@ class ExpertFile:
     While it is open, no other process deletes it.
     """
 
-    def __init__(self, path: Path, header: ExpertFileHeader, blocks: _Blocks) -> None:
+    def __init__(self, path: Path, header: ExpertFileHeader, blocks: Blocks) -> None:
         self.path = path
         self.header = header
         self.places = blocks.places
@@ -111,6 +64,15 @@ class ExpertFile:
                 "Load the model again: the damaged experts are made anew.",
             )
 
+    def read_past_cache(self, on: bool) -> None:
+        """Read directly, or through the page cache: the better way only for what lies there now."""
+        self._blocks.read_past_cache(on)
+
+    @property
+    def cached(self) -> bool:
+        """Whether nearly all of the file is in the page cache."""
+        return is_cached(self._blocks.file)
+
     def heal(self, expert: ExpertId, data: memoryview) -> bool:
         """Write a damaged expert again, made anew; False if it is not the one that was lost.
 
@@ -121,7 +83,7 @@ class ExpertFile:
             return False
         try:
             with open(self.path, "r+b", buffering=0) as file:
-                _write_at(file, data, self.places.offset(expert))
+                write_at(file, data, self.places.offset(expert))
                 os.fsync(file.fileno())
         except OSError as error:
             _refused(self.path, error)
@@ -129,6 +91,7 @@ class ExpertFile:
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
+        self._blocks.read_past_cache(False)
         self._blocks.file.close()
 
 
@@ -155,7 +118,7 @@ def open_expert_file(path: Path, wanted: ExpertFileHeader) -> tuple[ExpertFile |
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes != place.size_bytes:
             raise ValueError(f"it has {size_bytes:,} bytes instead of {place.size_bytes:,}")
-        blocks = _Blocks(file, wanted, place)
+        blocks = Blocks(file, wanted, place)
         if not blocks.whole(table_crc):
             raise ValueError("its table of checksums is damaged")
     except (OSError, ValueError) as error:
@@ -184,7 +147,7 @@ class ExpertFileWriter:
             file = _open_alone(self._partial)
         except OSError as error:
             _refused(self._partial, error)
-        self._blocks = _Blocks(file, header, self.places)
+        self._blocks = Blocks(file, header, self.places)
         self._unsynced = self.places.data_at
         try:
             resumed = self._fits()
@@ -216,7 +179,7 @@ class ExpertFileWriter:
             DiskError: the disk is full or broken; what was written is deleted.
         """
         try:
-            _write_at(self._blocks.file, data, self.places.offset(expert))
+            write_at(self._blocks.file, data, self.places.offset(expert))
             self._blocks.enter(expert, zlib.crc32(data))
         except OSError as error:
             self.discard()
@@ -249,7 +212,7 @@ class ExpertFileWriter:
         assert blocks.missing() == 0, f"{blocks.missing()} experts were never written"
         try:
             crc = blocks.table_crc()
-            _write_at(blocks.file, encode_preamble(self.header.encoded(), crc), 0)
+            write_at(blocks.file, encode_preamble(self.header.encoded(), crc), 0)
             os.fsync(blocks.file.fileno())
             blocks.file.close()  # Windows renames no open file
             os.replace(self._partial, self.path)
@@ -283,14 +246,14 @@ class ExpertFileWriter:
         if what_differs(header, self.header) or size_bytes != self.places.size_bytes:
             return False
         self._blocks.load_table()
-        _write_at(self._blocks.file, encode_preamble(header, 0), 0)
+        write_at(self._blocks.file, encode_preamble(header, 0), 0)
         return True
 
     def _begin(self) -> None:
         file = self._blocks.file
         file.truncate(0)
         header = self.header.encoded()
-        _write_at(file, encode_preamble(header, 0) + header, 0)
+        write_at(file, encode_preamble(header, 0) + header, 0)
         file.truncate(self.places.size_bytes)
 
     def _check_space(self, there_bytes: int) -> None:
@@ -307,109 +270,14 @@ class ExpertFileWriter:
             )
 
 
-class _Blocks:
-    """An open file, its places and its table in memory."""
-
-    def __init__(self, file: BinaryIO, header: ExpertFileHeader, place: Places) -> None:
-        self.file = file
-        self.places = place
-        self._sizes = [layer.format.size_bytes for layer in header.layers]
-        self._table = bytearray(header.expert_count * ENTRY_BYTES)
-        self._strides = [
-            stride
-            for stride, layer in zip(place.stride, header.layers, strict=True)
-            for _ in range(layer.experts)
-        ]
-        self._checked = bytearray(header.expert_count)
-        self._seeking = threading.Lock()
-
-    def load_table(self) -> None:
-        self._read_at(memoryview(self._table), self.places.table_at)
-
-    def whole(self, table_crc: int) -> bool:
-        self.load_table()
-        return table_crc == self.table_crc() and self.missing() == 0
-
-    def table_crc(self) -> int:
-        return zlib.crc32(self._table) or 1  # 0 stands for a file that is not finished
-
-    def missing(self) -> int:
-        return sum(there != _THERE for there, _ in self._entries())
-
-    def there_bytes(self) -> int:
-        entries = zip(self._entries(), self._strides, strict=True)
-        return sum(stride for (there, _), stride in entries if there == _THERE)
-
-    def crc(self, expert: ExpertId) -> int | None:
-        """Return the checksum of an expert, None if it is not there."""
-        there, crc = _ENTRY.unpack_from(self._table, self.places.number(expert) * ENTRY_BYTES)
-        return crc if there == _THERE else None
-
-    def enter(self, expert: ExpertId, crc: int) -> None:
-        number = self.places.number(expert)
-        _ENTRY.pack_into(self._table, number * ENTRY_BYTES, _THERE, crc)
-        entry = memoryview(self._table)[number * ENTRY_BYTES : (number + 1) * ENTRY_BYTES]
-        _write_at(self.file, entry, self.places.table_at + number * ENTRY_BYTES)
-
-    def read(self, expert: ExpertId, into: memoryview) -> bool:
-        """Fill `into`; False if the expert is not there or not what was written."""
-        assert len(into) == self._sizes[expert.layer], (expert, len(into))
-        crc = self.crc(expert)
-        if crc is None:
-            return False
-        try:
-            self._read_at(into, self.places.offset(expert))
-        except (OSError, ValueError) as error:
-            raise ModelFilesError(
-                f"Reading the kept expert {expert.expert} of MoE layer {expert.layer} failed:"
-                f" {error}.",
-                "Load the model again.",
-            ) from error
-        number = self.places.number(expert)
-        if not self._checked[number]:
-            if zlib.crc32(into) != crc:
-                return False
-            self._checked[number] = 1
-        return True
-
-    def _entries(self) -> Iterator[tuple[int, int]]:
-        return _ENTRY.iter_unpack(self._table)
-
-    def _read_at(self, buffer: memoryview, at: int) -> None:
-        done = 0
-        while done < len(buffer):
-            piece = buffer[done : done + _PIECE_BYTES]
-            if _PREADV is not None:
-                count = _PREADV(self.file.fileno(), [piece], at + done)
-            else:
-                with self._seeking:
-                    self.file.seek(at + done)
-                    count = self.file.readinto(piece)  # type: ignore[attr-defined]
-            if not count:
-                raise ValueError(f"the file ends at byte {at + done:,}")
-            done += count
-
-
-def _write_at(file: BinaryIO, data: bytes | memoryview, at: int) -> None:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        piece = view[done : done + _PIECE_BYTES]
-        if _PWRITE is not None:
-            done += _PWRITE(file.fileno(), piece, at + done)
-        else:
-            file.seek(at + done)
-            done += file.write(piece)
-
-
-def _open_alone(path: Path) -> BinaryIO:
+def _open_alone(path: Path) -> io.FileIO:
     """Open a file for reading and writing, made if need be, that no other process writes.
 
     Raises:
         OSError: another one does, or it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-    file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
+    file = io.FileIO(descriptor, "r+b")
     ours = take_lock(file, shared=False)
     # A writer that just finished has renamed what was opened here.
     if not ours or not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -445,7 +313,3 @@ def _ignored(path: Path, why: str) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
-
-
-def _up(size_bytes: int) -> int:
-    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES

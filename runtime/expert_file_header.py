@@ -11,6 +11,7 @@ lists and deletes these files too.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from runtime.errors import BusyError, ProtocolError
 from runtime.formats import ExpertFormat
@@ -131,7 +132,7 @@ def encode_preamble(header: bytes, table_crc: int) -> bytes:
     return PREAMBLE.pack(MAGIC, FORMAT_VERSION, len(header), zlib.crc32(header), table_crc)
 
 
-def read_start(file: BinaryIO) -> tuple[bytes, int]:
+def read_start(file: io.FileIO) -> tuple[bytes, int]:
     """Return the header's bytes and the table's CRC of an open file.
 
     Raises:
@@ -199,7 +200,7 @@ def delete(cache: Path, name: str) -> None:
     path = next((path for path in _files(cache) if path.name == name), None)
     if path is None:
         raise FileNotFoundError(f"There is no {name} in {cache}.")
-    with open(path, "r+b") as file:
+    with open(path, "r+b", buffering=0) as file:
         if not take_lock(file, shared=False):
             raise BusyError(
                 f"{name} is in use by a loaded model.",
@@ -226,7 +227,7 @@ def _look_at(path: Path) -> KeptFile:
     finished = path.name.endswith(SUFFIX)
     size_bytes, model, kind = 0, "", ""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             found = os.fstat(file.fileno())
             # A file that is written has holes; what it takes on the disk is what counts.
             size_bytes = min(found.st_size, 512 * getattr(found, "st_blocks", found.st_size))
@@ -242,7 +243,7 @@ if sys.platform == "win32":
 
     _FAR_AWAY = 2**62
 
-    def take_lock(file: BinaryIO, *, shared: bool) -> bool:
+    def take_lock(file: io.FileIO, *, shared: bool) -> bool:
         """Lock an open file until it is closed; False if another process has it.
 
         A file that is open cannot be deleted here, so readers need no lock.
@@ -260,7 +261,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def take_lock(file: BinaryIO, *, shared: bool) -> bool:
+    def take_lock(file: io.FileIO, *, shared: bool) -> bool:
         """Lock an open file until it is closed; False if another process has it.
 
         Shared locks exclude only exclusive ones. A lock dies with its process.

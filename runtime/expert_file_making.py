@@ -29,6 +29,7 @@ from runtime.store_recipes import bytes_in
 from runtime.weight_forms import Codes, encode, form_for, parts_of
 
 SYNC_BYTES = 64 * 2**20
+PIECE_NUMBERS = 2**22
 
 log = logging.getLogger("prescope.experts")
 
@@ -43,6 +44,28 @@ class Quantiser:
     kind: FormKind
     form_of: Callable[[tuple[int, int]], Form | None]
     quantise: Callable[[Tensor, Form], Codes]
+
+    def in_pieces(self, matrix: Tensor, form: Form, stop: Callable[[], bool]) -> Codes:
+        """Quantise a few rows at a time, so that memory stays small and `stop` is asked often.
+
+        Raises:
+            CancelledError: `stop` returned True.
+        """
+        rows = max(form.rows, PIECE_NUMBERS // matrix.shape[1] // form.rows * form.rows)
+        pieces = []
+        for begin in range(0, len(matrix), rows):
+            if stop():
+                raise CancelledError("Loading was stopped.")
+            pieces.append(self.quantise(matrix[begin : begin + rows], form))
+        if len(pieces) == 1:
+            return pieces[0]
+        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+        return Codes(
+            pieces[0].form,
+            torch.cat([piece.codes for piece in pieces]),
+            torch.cat([piece.scales for piece in pieces]),
+            torch.cat(zeros) if zeros else None,
+        )
 
     def fingerprint(self) -> str:
         """Name the arithmetic and the packing by what they make of a fixed matrix."""
@@ -70,8 +93,14 @@ class LayerForms:
     held: ExpertFormat
     transposed: bool
 
-    def convert(self, plain: Tensor, held: Tensor, quantiser: Quantiser) -> None:
-        """Write the expert in `plain` into `held` as it is held; padding becomes zero."""
+    def convert(
+        self, plain: Tensor, held: Tensor, quantiser: Quantiser, stop: Callable[[], bool]
+    ) -> None:
+        """Write the expert in `plain` into `held` as it is held; padding becomes zero.
+
+        Raises:
+            CancelledError: `stop` returned True.
+        """
         sources, targets = views(plain, self.plain), views(held, self.held)
         held.zero_()
         matrices = {matrix.name: matrix for matrix in self.held.matrices}
@@ -81,7 +110,7 @@ class LayerForms:
                 targets[name].copy_(source)
                 continue
             weight = source.t() if self.transposed else source
-            encode(quantiser.quantise(weight, matrix.form), matrix, targets)
+            encode(quantiser.in_pieces(weight, matrix.form, stop), matrix, targets)
 
 
 def quantised_layer(
@@ -126,6 +155,8 @@ class KeptExperts:
     ) -> None:
         """Open the file at `path`, or begin it; None keeps nothing. No disk stops the load."""
         self.notices: list[str] = []
+        self.stop: Callable[[], bool] = lambda: False
+        """Asked between pieces of a matrix; then `read` raises CancelledError."""
         self._plain = plain
         self._layers = tuple(layers)
         self._quantiser = quantiser
@@ -165,6 +196,7 @@ class KeptExperts:
 
         Raises:
             ModelFilesError: the checkpoint cannot be read.
+            CancelledError: `stop` returned True.
         """
         file = self._file
         if file is None:
@@ -248,7 +280,8 @@ class KeptExperts:
         layer = self._layers[expert.layer]
         plain = self._scratch[: layer.plain.size_bytes]
         self._plain.read(expert, bytes_in(plain))
-        layer.convert(plain, torch.frombuffer(into, dtype=torch.uint8), self._quantiser)
+        target = torch.frombuffer(into, dtype=torch.uint8)
+        layer.convert(plain, target, self._quantiser, self.stop)
 
     def _heal(
         self, file: ExpertFile, expert: ExpertId, into: memoryview, damage: ModelFilesError

@@ -52,8 +52,8 @@ class HeldExperts:
             ModelFilesError: a file of the model is gone.
         """
         recipes = RecipeSource(files, self.plain)
-        recipes.stop = cancelled
         if self.quantiser is None:
+            recipes.stop = cancelled
             return recipes
         try:
             header = describe_source(
@@ -69,7 +69,12 @@ class HeldExperts:
                 f"A file of {name} is gone: {error}.", "Load the model again."
             ) from error
         path = None if cache is None else file_path(cache, folder, self.quantiser.kind)
-        return KeptExperts(recipes, self.forms, self.quantiser, header, path)
+        kept = KeptExperts(recipes, self.forms, self.quantiser, header, path)
+        kept.stop = cancelled
+        recipes.stop = lambda: kept.stop()
+        if kept.file is not None:
+            kept.file.read_past_cache(not kept.file.cached)
+        return kept
 
 
 def hold_experts(
@@ -132,6 +137,9 @@ def finish(
     if not isinstance(source, KeptExperts):
         return ()
     source.complete(progress, cancelled)
+    source.stop = lambda: False
+    if source.file is not None:
+        source.file.read_past_cache(True)  # what is read again would lie in RAM twice
     return tuple(source.notices)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from runtime import expert_file
+from runtime import expert_file_blocks
 from runtime.core import ExpertId
 from runtime.errors import BusyError, DiskError, ModelFilesError
-from runtime.expert_file import ExpertFile, ExpertFileWriter, open_expert_file, places
+from runtime.expert_file import ExpertFile, ExpertFileWriter, open_expert_file
+from runtime.expert_file_blocks import places
 from runtime.expert_file_header import (
     BLOCK_BYTES,
     PREAMBLE,
@@ -299,7 +300,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         self.left = after
-        write_at: Any = expert_file._PWRITE
+        write_at: Any = expert_file_blocks._PWRITE
 
         def pwrite(*args: Any) -> Any:
             self.count()
@@ -308,7 +309,7 @@ class FullDisk:
         def fsync(descriptor: int) -> None:
             self.count()
 
-        monkeypatch.setattr(expert_file, "_PWRITE", pwrite)
+        monkeypatch.setattr(expert_file_blocks, "_PWRITE", pwrite)
         monkeypatch.setattr(os, "fsync", fsync)
 
     def count(self) -> None:
@@ -317,7 +318,7 @@ class FullDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.skipif(expert_file._PWRITE is None, reason="the writes are counted at pwrite")
+@pytest.mark.skipif(expert_file_blocks._PWRITE is None, reason="the writes are counted at pwrite")
 def test_a_disk_that_is_full_at_any_write_is_named_and_given_back(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,7 +492,7 @@ def test_kill_9_at_any_moment_loses_nothing(path: Path, tmp_path: Path) -> None:
     """Twenty writers are killed, each at another write; the next takes up what they left."""
     header = make_header()
     slow = (
-        "import time, random, runtime.expert_file as f\n"
+        "import time, random, runtime.expert_file_blocks as f\n"
         "plain = f._PWRITE\n"
         "def slowly(fd, data, at):\n"
         "    half = len(data) // 2\n"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime import expert_file
+from runtime import expert_file_blocks
 from runtime.core import ExpertId, LoadProgress
 from runtime.errors import CancelledError
 from runtime.expert_file_header import (
@@ -285,7 +285,7 @@ def test_a_damaged_expert_is_made_again_and_the_file_healed(tmp_path: Path) -> N
     assert first.path is not None
     whole = first.path.read_bytes()
     raw = bytearray(whole)
-    raw[expert_file.places(first.header).offset(ExpertId(1, 3)) + 5] ^= 1
+    raw[expert_file_blocks.places(first.header).offset(ExpertId(1, 3)) + 5] ^= 1
     first.path.write_bytes(raw)
     second = model.open(tmp_path / "cache")
     assert second.read_all() == made
@@ -304,7 +304,7 @@ def test_a_wrong_checksum_in_a_sound_table_costs_the_file_not_the_load(tmp_path:
     later = model.open(tmp_path / "cache", jittering(plain_quantiser("int8")))
     assert later.path is not None
     raw = bytearray(later.path.read_bytes())
-    raw[expert_file.places(first.header).offset(ExpertId(0, 0))] ^= 1
+    raw[expert_file_blocks.places(first.header).offset(ExpertId(0, 0))] ^= 1
     later.path.write_bytes(raw)
     assert len(later.read_all()) == len(made)
     assert any("deleted" in notice for notice in later.kept.notices)
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_takes_the_file_and_not_the_model(
     wanted = plain.read_all()
     plain.kept.close()
     left = [after]
-    write_at: Any = expert_file._PWRITE
+    write_at: Any = expert_file_blocks._PWRITE
 
     def pwrite(*args: Any) -> Any:
         left[0] -= 1
@@ -342,7 +342,7 @@ def test_a_disk_that_fills_up_takes_the_file_and_not_the_model(
             raise OSError(28, "No space left on device")
         return write_at(*args)
 
-    monkeypatch.setattr(expert_file, "_PWRITE", pwrite)
+    monkeypatch.setattr(expert_file_blocks, "_PWRITE", pwrite)
     opened = model.open(tmp_path / "cache")
     assert opened.read_all() == wanted
     opened.complete()
@@ -395,3 +395,41 @@ def test_the_fingerprint_knows_kind_and_groups() -> None:
     prints = {plain_quantiser(kind, n).fingerprint() for kind in ("int8", "int4") for n in (8, 16)}
     assert len(prints) == 4
     assert plain_quantiser("int8").fingerprint() in prints
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_matrix_made_in_pieces_is_the_one_made_at_once(
+    kind: FormKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(tmp_path / "m", kind)
+    whole = model.open(None)
+    at_once = whole.read_all()
+    whole.kept.close()
+    monkeypatch.setattr("runtime.expert_file_making.PIECE_NUMBERS", 100)
+    pieces = model.open(None)
+    assert pieces.read_all() == at_once
+    asked = [0]
+
+    def stop() -> bool:
+        asked[0] += 1
+        return asked[0] > 3
+
+    pieces.kept.stop = stop
+    with pytest.raises(CancelledError):
+        pieces.read_all()
+    assert asked[0] == 4
+    pieces.kept.close()
+
+
+def test_a_kept_file_can_be_read_past_the_page_cache(tmp_path: Path) -> None:
+    model = Model(tmp_path / "m", "int4")
+    first = model.open(tmp_path / "cache")
+    made = first.read_all()
+    first.complete()
+    file = first.kept.file
+    assert file is not None
+    for on in (True, True, False, True):
+        file.read_past_cache(on)
+        assert first.read_all() == made
+    first.kept.close()
+    first.kept.close()

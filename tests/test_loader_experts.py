@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import expert_file
+from runtime import expert_file_blocks
 from runtime.config import DEFAULT_MODEL_DIR
 from runtime.core import ExpertId, ExpertsWish, LoadProgress
 from runtime.errors import CancelledError
@@ -189,7 +189,7 @@ def test_a_disk_that_breaks_mid_load_still_loads(
 ) -> None:
     make_checkpoint("qwen3_moe", tmp_path / "model")
     wanted = run(load(tmp_path / "model", experts="int4"))
-    write_at: Any = expert_file._PWRITE
+    write_at: Any = expert_file_blocks._PWRITE
     left = [8]
 
     def pwrite(*args: Any) -> Any:
@@ -198,7 +198,7 @@ def test_a_disk_that_breaks_mid_load_still_loads(
             raise OSError(5, "Input/output error")
         return write_at(*args)
 
-    monkeypatch.setattr(expert_file, "_PWRITE", pwrite)
+    monkeypatch.setattr(expert_file_blocks, "_PWRITE", pwrite)
     loaded = load(tmp_path / "model", experts="int4", kept=tmp_path / "kept")
     assert "Input/output error" in loaded.remarks[0]
     assert kept_files(tmp_path / "kept") == []
