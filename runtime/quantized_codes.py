@@ -33,8 +33,12 @@ def plain(form: Form, weight: Tensor, scales: Tensor, zero_points: Tensor | None
 
 
 def mxfp4(form: Form, blocks: Tensor, scales: Tensor) -> Codes:
-    """`blocks` uint8 (N, K / 32, 16); `scales` uint8 (N, K / 32), standing for 2 ** (s - 127)."""
-    return Codes(form, _nibbles(blocks).flatten(1), _float(scales))
+    """`blocks` uint8 (N, K / 32, 16) or int8 (N, K / 2); `scales` uint8 (N, K / 32).
+
+    A scale s is 2 ** (s - 127); 255 is no number, and the next power of two takes its place.
+    """
+    numbers = _nibbles(blocks.view(torch.uint8)).flatten(1)
+    return Codes(form, numbers, _float(scales.clamp(max=254)))
 
 
 def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Codes:

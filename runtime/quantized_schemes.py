@@ -167,11 +167,12 @@ def _gptq(rest: dict[str, Any]) -> tuple[Scheme, ...]:
 
 def _fp8(rest: dict[str, Any]) -> tuple[Scheme, ...]:
     _one_of(rest, "fp8", "fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
-    _one_of(rest, "fp8", "expert_dtype", ("fp8",), "fp8")
+    experts = _one_of(rest, "fp8", "expert_dtype", ("fp8", "fp4"), "fp8")
     _one_of(rest, "fp8", "scale_fmt", ("float", "ue8m0"), "float")
     block = rest.pop("weight_block_size", (128, 128))
     rows, columns = (0, 0) if block is None else _block("fp8", "weight_block_size", block)
-    return (Scheme(8, True, rows, columns),)
+    schemes = (Scheme(8, True, rows, columns),)
+    return schemes if experts == "fp8" else (*schemes, Scheme(4, True, columns=32))
 
 
 def _mxfp4(rest: dict[str, Any]) -> tuple[Scheme, ...]:

@@ -128,6 +128,9 @@ class _Folding:
             names += [f"{stem}.scale", f"{stem}.qscale_weight"]
         scales = self._needed(weight, *names)
         self._is_stored_as(scales, (*_FLOATS, "U8", "F8_E8M0"))
+        if weight.stored == "I8" and self._method == "fp8":
+            self._fp4(weight, scales)
+            return
         if weight.stored == "I8" and len(weight.shape) != 2:
             _wrong(weight, f"has the shape {weight.shape} instead of (outputs, inputs)")
         zeros = self._tensors.get(f"{weight.name}_zero_point")
@@ -150,6 +153,18 @@ class _Folding:
         elif zeros is not None:
             self.used.add(zeros.name)
         self._fold(weight.name, weight.shape, form, sources, quantized_codes.plain)
+
+    def _fp4(self, weight: TensorEntry, scales: TensorEntry) -> None:
+        """MXFP4 beside FP8: two numbers to an int8, one scale to 32 of them."""
+        self._is_stored_as(scales, ("U8", "F8_E8M0"))
+        if len(weight.shape) != 2 or all(scheme.bits != 4 for scheme in self._schemes):
+            _wrong(weight, f"of shape {weight.shape} fits no scheme of the quantization_config")
+        outputs, inputs = weight.shape[0], 2 * weight.shape[1]
+        if inputs % 32 or scales.shape != (outputs, inputs // 32):
+            _wrong(scales, f"has the shape {scales.shape} for a weight of {(outputs, inputs)}")
+        form = Form("mxfp4", 1, 32)
+        sources = [weight, scales]
+        self._fold(weight.name, (outputs, inputs), form, sources, quantized_codes.mxfp4)
 
     def _mxfp4(self, blocks: TensorEntry, base: str) -> None:
         scales = self._needed(blocks, f"{base}_scales")

@@ -177,6 +177,19 @@ def mxfp4(generator: torch.Generator, outputs: int, inputs: int) -> Packed:
     return tensors, e2m1(numbers) * spread(2.0 ** (powers - 127), 1, 32, outputs, inputs)
 
 
+def fp4_in_fp8(generator: torch.Generator, outputs: int, inputs: int) -> Packed:
+    tensors, meaning = mxfp4(generator, outputs, inputs)
+    weight = tensors["blocks"].flatten(1).view(torch.int8)
+    return {"weight": weight, "scale": tensors["scales"].view(torch.float8_e8m0fnu)}, meaning
+
+
+def mxfp8(generator: torch.Generator, outputs: int, inputs: int) -> Packed:
+    weight = fp8_numbers(generator, outputs, inputs)
+    powers = integers(generator, 3, outputs, -(-inputs // 32)) + 116
+    meaning = weight.double() * spread(2.0 ** (powers - 127), 1, 32, outputs, inputs)
+    return {"weight": weight, "weight_scale_inv": powers.to(torch.uint8)}, meaning
+
+
 def compressed(layout: str, **weights: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
@@ -233,6 +246,18 @@ FILE_FORMATS: dict[str, FileFormat] = {
         "qwen3_moe",
         compressed("float-quantized", strategy="block", block_structure=[16, 8], **FLOAT),
         fp8_blocks(16, 8, "weight_scale"),
+    ),
+    "fp8 blocks, fused": FileFormat("granitemoe", FP8_CONFIG, fp8_blocks(16, 16)),
+    "fp8 with fp4": FileFormat(
+        "mixtral",
+        FP8_CONFIG | {"expert_dtype": "fp4"},
+        fp4_in_fp8,
+        sizes={"intermediate_size": 64},
+    ),
+    "mxfp8": FileFormat(
+        "qwen3_moe",
+        FP8_CONFIG | {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        mxfp8,
     ),
     "fp8 rows": FileFormat(
         "qwen3_moe", compressed("float-quantized", strategy="channel", **FLOAT), fp8_rows
@@ -312,11 +337,15 @@ def write_quantised(
     for name, tensor in tensors.items():
         if keep(name) or not _is_linear(name, tensor, file_format):
             packed[name], meant[name] = tensor, tensor.to(dtype)
-        elif tensor.dim() == 3:  # gpt_oss keeps (experts, inputs, outputs) in plain files
-            made = [file_format.pack(generator, *tensor.shape[:0:-1]) for _ in tensor]
+        elif tensor.dim() == 3:
+            turned = file_format.family == "gpt_oss"  # (experts, inputs, outputs) in plain files
+            shape = tensor.shape[:0:-1] if turned else tensor.shape[1:]
+            made = [file_format.pack(generator, *shape) for _ in tensor]
+            stem = f"{name}_" if turned else name.removesuffix("weight")
             for suffix in made[0][0]:
-                packed[f"{name}_{suffix}"] = torch.stack([each[suffix] for each, _ in made])
-            meant[name] = torch.stack([matrix.t() for _, matrix in made]).to(dtype)
+                packed[stem + suffix] = torch.stack([each[suffix] for each, _ in made])
+            matrices = [matrix.t() if turned else matrix for _, matrix in made]
+            meant[name] = torch.stack(matrices).to(dtype)
         else:
             parts, matrix = file_format.pack(generator, *tensor.shape)
             stem = name.removesuffix("weight")
@@ -338,5 +367,5 @@ def write_quantised(
 def _is_linear(name: str, tensor: Tensor, file_format: FileFormat) -> bool:
     if file_format.config["quant_method"] == "mxfp4":
         return tensor.dim() == 3
-    inside = any(word in name for word in ("_proj", ".w1.", ".w2.", ".w3."))
-    return inside and tensor.dim() == 2 and name.endswith(".weight")
+    words = ("_proj", ".w1.", ".w2.", ".w3.", "_linear")
+    return any(word in name for word in words) and tensor.dim() > 1 and name.endswith(".weight")

@@ -32,6 +32,10 @@ READ: list[tuple[dict[str, Any], Quantisation]] = [
         {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"},
         Quantisation("fp8", (Scheme(8, True, 0, 0),)),
     ),
+    (
+        {"quant_method": "fp8", "expert_dtype": "fp4", "scale_fmt": "ue8m0"},
+        Quantisation("fp8", (Scheme(8, True, 128, 128), Scheme(4, True, 1, 32))),
+    ),
     ({"quant_method": "mxfp4"}, Quantisation("mxfp4", (Scheme(4, True, 1, 32),))),
     (AWQ_CONFIG, Quantisation("awq", (Scheme(4, columns=16, zeros=True),))),
     (
@@ -60,7 +64,7 @@ REFUSED: list[tuple[Any, str]] = [
     (FP8_CONFIG | {"weight_block_size": "128"}, "weight_block_size"),
     (FP8_CONFIG | {"weight_block_size": [128, 2**40]}, "weight_block_size"),
     (FP8_CONFIG | {"fmt": "e5m2"}, "fmt = e5m2"),
-    (FP8_CONFIG | {"expert_dtype": "fp4"}, "expert_dtype = fp4"),
+    (FP8_CONFIG | {"expert_dtype": "fp2"}, "expert_dtype = fp2"),
     (FP8_CONFIG | {"rotate": "hadamard"}, "rotate = hadamard"),
     (AWQ_CONFIG | {"bits": 3}, "bits = 3"),
     (AWQ_CONFIG | {"bits": "4"}, "bits = 4"),
