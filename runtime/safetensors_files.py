@@ -26,6 +26,9 @@ SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_RANK = 8
+MAX_TENSORS = 2**17
+"""In one file. Real shards have hundreds; parsing more than this takes seconds."""
+MAX_JSON_VALUES = 2**20
 READ_BYTES = 32 * 2**20
 # The dtypes of the format, in bytes; torch names only for those that can be loaded as they are.
 _DTYPES: dict[str, tuple[int, str | None]] = {
@@ -48,6 +51,8 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
 }
 _PREADV = getattr(os, "preadv", None)  # Windows has no positioned reads.
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+# Windows opens a device under these names, whatever follows the first dot.
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9])", re.IGNORECASE)
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pickle")
 _AGAIN = "Download this file again, or choose another model."
 
@@ -71,8 +76,8 @@ class TensorEntry:
 class SafetensorsFiles:
     """The open shards of one model and a table of their tensors. Reads are thread-safe.
 
-    After `read_past_cache` data is read past the page cache, where the system can, and a file that
-    is changed from then on is not read any more.
+    A file that is changed while it is open is not read any more. After `read_past_cache` data is
+    read past the page cache, where the system can.
 
     Raises:
         ModelFilesError: a file is missing, damaged or hostile; the message names it.
@@ -83,6 +88,7 @@ class SafetensorsFiles:
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, TensorEntry] = {}
         self._files: list[io.FileIO] = []
+        self._states: list[tuple[int, int]] = []
         self._seeking = threading.Lock()
         weight_map = _weight_map(folder)
         names = sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]
@@ -114,6 +120,9 @@ class SafetensorsFiles:
             if count == 0:
                 _damaged(self.paths[entry.file], f"it ends at byte {at}, inside tensor {name!r}")
             done += count
+        # Only now: it may have been changed while it was read.
+        if _state_of(self._files[entry.file]) != self._states[entry.file]:
+            _damaged(self.paths[entry.file], "it was changed while the model is loaded")
 
     def close(self) -> None:
         """Close all files; safe to call twice."""
@@ -124,6 +133,7 @@ class SafetensorsFiles:
     def _add(self, number: int, path: Path) -> None:
         file = open_regular(path)
         self._files.append(file)
+        self._states.append(_state_of(file))
         for entry in _read_header(file, path, number):
             other = self.tensors.get(entry.name)
             if other is not None:
@@ -157,6 +167,11 @@ class SafetensorsFiles:
         with self._seeking:
             file.seek(at)
             return file.readinto(buffer) or 0
+
+
+def _state_of(file: io.FileIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def read_json(path: Path, max_bytes: int, max_depth: int = 32) -> dict[str, Any]:
@@ -207,12 +222,16 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         _damaged(path, "it has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or _SHARD.fullmatch(shard) is None:
+        if not isinstance(shard, str) or not _names_a_shard(shard):
             _damaged(path, f"tensor {name[:80]!r} is said to lie in {str(shard)[:80]!r}")
     for shard in sorted(set(weight_map.values())):
         if (folder / shard).is_symlink() and not _stays_in_cache(folder / shard):
             _damaged(folder / shard, "it is a link that leads out of the model's folder")
     return weight_map
+
+
+def _names_a_shard(name: str) -> bool:
+    return _SHARD.fullmatch(name) is not None and not _DEVICE.fullmatch(name.partition(".")[0])
 
 
 def _single_file(folder: Path) -> str:
@@ -239,7 +258,11 @@ def _read_header(file: io.FileIO, path: Path, number: int) -> list[TensorEntry]:
     (length,) = struct.unpack("<Q", file.read(8) or b"")
     if length > min(MAX_HEADER_BYTES, size - 8):
         _damaged(path, f"its header claims {length} bytes of the file's {size}")
-    header = _parse(path, file.read(length) or b"")
+    text = file.read(length) or b""
+    # Counting takes milliseconds; parsing a header made to be slow, seconds and a GB.
+    if text.count(b"{") > MAX_TENSORS + 2 or text.count(b",") > 8 * MAX_TENSORS:
+        _damaged(path, f"its header describes more than {MAX_TENSORS} tensors")
+    header = _parse(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         _damaged(path, "its __metadata__ is not an object")
@@ -293,6 +316,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             _damaged(path, f"{twice[:120]!r} is there twice")
         return record
 
+    values = text.count(b",") + text.count(b"{") + text.count(b"[")
+    if values > MAX_JSON_VALUES + 3 * MAX_TENSORS:
+        _damaged(path, f"it has {values} values, but at most {MAX_JSON_VALUES} are read")
     try:
         record = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,14 @@ from safetensors.torch import save_file
 
 from runtime import safetensors_files
 from runtime.errors import ModelFilesError
-from runtime.safetensors_files import INDEX_NAME, SINGLE_NAME, SafetensorsFiles, read_json
+from runtime.safetensors_files import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    MAX_TENSORS,
+    SINGLE_NAME,
+    SafetensorsFiles,
+    read_json,
+)
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 B = {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]}
@@ -69,6 +77,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offsets backwards": (file_of({"a": {**A, "data_offsets": [16, 0]}}, bytes(16)), "offsets"),
     "overlap": (file_of({"a": A, "b": {**B, "data_offsets": [8, 16]}}, bytes(16)), "'b'"),
     "a hole": (file_of({"a": A, "b": {**B, "data_offsets": [24, 32]}}, bytes(32)), "'b'"),
+    "more tensors than any": (
+        file_of(b"{" + b",".join(b'"%x":{}' % i for i in range(MAX_TENSORS + 2)) + b"}"),
+        "more than 131072",
+    ),
+    "a list without end": (file_of(b'{"a":[' + b"[]," * 2**21 + b"[]]}"), "more than 131072"),
+    "brackets alone": (file_of(b'{"a":' + b"[" * 2**21 + b"}"), "values"),
+    "spaces": (file_of(b'{"a":' + b" " * 2**24 + b"1}"), "'a'"),
+    "a number without end": (file_of(b'{"a":' + b"1" * 2**24 + b"}"), "JSON"),
     "metadata of another type": (file_of({"__metadata__": 1, "a": A}, bytes(16)), "metadata"),
 }
 
@@ -157,6 +173,19 @@ NAMES = [
     "$HOME.safetensors",
     "http://example.com/model.safetensors",
     "x" * 300 + ".safetensors",
+    "CON.safetensors",
+    "nul.safetensors",
+    "Com7.model.safetensors",
+    "LPT1.safetensors",
+    "conout$.safetensors",
+    "\\\\.\\PhysicalDrive0.safetensors",
+    "//server/share/model.safetensors",
+    "model-1.safetensors:stream",
+    "model-1.safetensors ",
+    " model-1.safetensors",
+    "model-1.safetensors.",
+    "%2e%2e%2fmodel.safetensors",
+    "file:///etc/passwd.safetensors",
     "missing.safetensors",
     None,
     1,
@@ -228,6 +257,64 @@ def test_links_out_of_the_folder_and_pipes_are_refused(tmp_path: Path) -> None:
         SafetensorsFiles(folder)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="devices of POSIX")
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/stdin", "/proc/self/mem"])
+def test_a_shard_that_is_a_device_is_refused_at_once(device: str, tmp_path: Path) -> None:
+    folder = shards(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    (folder / "model-2.safetensors").unlink()
+    (folder / "model-2.safetensors").symlink_to(device)
+    with pytest.raises(ModelFilesError, match=r"model-2\.safetensors"):
+        SafetensorsFiles(folder)
+
+
+def test_an_index_of_a_gigabyte_is_refused_by_its_size(tmp_path: Path) -> None:
+    folder = shards(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    os.truncate(folder / INDEX_NAME, 2**30)  # a hole: nothing is written
+    with pytest.raises(ModelFilesError, match=str(MAX_INDEX_BYTES)):
+        SafetensorsFiles(folder)
+
+
+def test_what_an_index_says_of_the_total_is_not_trusted_and_does_no_harm(tmp_path: Path) -> None:
+    """Honest files are often wrong here, and nothing depends on it."""
+    folder = shards(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    record = json.loads((folder / INDEX_NAME).read_text())
+    for size in (-1, 2**70, "many", None):
+        (folder / INDEX_NAME).write_text(json.dumps(record | {"metadata": {"total_size": size}}))
+        SafetensorsFiles(folder).close()
+
+
+_WATCH = """
+import sys, time
+from pathlib import Path
+from runtime.errors import ModelFilesError
+from runtime.safetensors_files import SafetensorsFiles
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+before, began = peak(), time.process_time()
+try:
+    SafetensorsFiles(Path(sys.argv[1]))
+except ModelFilesError:
+    print(peak() - before, time.process_time() - began)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+@pytest.mark.parametrize("case", ["a list without end", "brackets alone", "spaces", "length 2^63"])
+def test_hostile_headers_cost_little_time_and_memory(case: str, tmp_path: Path) -> None:
+    write(tmp_path, HOSTILE[case][0])
+    out = subprocess.run(
+        [sys.executable, "-c", _WATCH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    ).stdout
+    memory_bytes, cpu_s = map(float, out.split())
+    assert memory_bytes < 200 * 2**20
+    assert cpu_s < 1
+
+
 def test_a_folder_with_other_formats_only_says_so(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch flag'\ntR.")
     with pytest.raises(ModelFilesError, match="pytorch_model.bin") as refused:
@@ -253,6 +340,48 @@ def test_a_file_that_shrinks_while_open_is_an_error_not_a_crash(
     files.close()
     with pytest.raises(ModelFilesError, match="failed"):
         files.read_into("a", 0, memoryview(bytearray(4000)))
+
+
+def overwritten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + bytes(8))
+    os.utime(path, ns=(1, 1))  # whatever the clock's ticks
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be changed there")
+@pytest.mark.parametrize("past_cache", [False, True])
+@pytest.mark.parametrize("fault", [overwritten, touched])
+def test_a_file_that_changes_while_open_is_not_read_on(
+    fault: Callable[[Path], None], past_cache: bool, tmp_path: Path
+) -> None:
+    save_file({"a": torch.ones(1000)}, tmp_path / SINGLE_NAME)
+    files = SafetensorsFiles(tmp_path)
+    files.read_past_cache(past_cache)
+    files.read_into("a", 0, memoryview(bytearray(4000)))
+    fault(tmp_path / SINGLE_NAME)
+    with pytest.raises(ModelFilesError, match="changed while the model is loaded"):
+        files.read_into("a", 0, memoryview(bytearray(4000)))
+    files.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
+def test_a_file_that_is_deleted_or_replaced_while_open_is_read_as_it_was(tmp_path: Path) -> None:
+    for way in ("deleted", "replaced"):
+        save_file({"a": torch.ones(1000)}, tmp_path / SINGLE_NAME)
+        files = SafetensorsFiles(tmp_path)
+        if way == "deleted":
+            (tmp_path / SINGLE_NAME).unlink()
+        else:
+            save_file({"a": torch.zeros(1000)}, tmp_path / "other.safetensors")
+            (tmp_path / "other.safetensors").replace(tmp_path / SINGLE_NAME)
+        raw = bytearray(4000)
+        files.read_into("a", 0, memoryview(raw))
+        assert raw == torch.ones(1000).numpy().tobytes()
+        files.close()
 
 
 def test_json_is_capped_by_size_and_depth(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_store_states_its_sizes_and_reports_progress(tmp_path: Path) -> None
     assert steps[-1].done_bytes == steps[-1].total_bytes == store.ram_bytes
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 8])
+@pytest.mark.parametrize("after", [0, 1, 5, 7])
 def test_cancelling_gives_every_slab_back(after: int, tmp_path: Path) -> None:
     asked, slabs = [0], []
 
@@ -175,7 +175,7 @@ def test_a_file_cut_during_the_load_is_an_error(tmp_path: Path) -> None:
             file.truncate(1200)
         return False
 
-    with pytest.raises(ModelFilesError, match="ends at byte"):
+    with pytest.raises(ModelFilesError, match="ends at byte|was changed"):
         fill(
             tmp_path,
             random_experts(torch.float32),
