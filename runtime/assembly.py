@@ -63,6 +63,7 @@ def assemble(
     from runtime.engine import Engine
     from runtime.engine_parts import EngineParts
     from runtime.executor import Executor
+    from runtime.kernels_crossover import Crossovers, assumed_few_tokens
     from runtime.loader import load_model, read_shape
     from runtime.planner import plan_memory
     from runtime.prompts_templates import Templates, settle_template
@@ -119,6 +120,7 @@ def assemble(
             predictor=predictor,
             eviction=request.eviction,
             hot=_hot_experts(loaded.shape, predictor, learned),
+            few_tokens=assumed_few_tokens if virtual_clock else Crossovers(data).few_tokens,
         )
         undo.callback(executor.close)
         executor.set_prediction(request.prediction)

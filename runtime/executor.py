@@ -25,6 +25,7 @@ from runtime.executor_steering import Steering, serving_policy
 from runtime.formats import ExpertFormat
 from runtime.hot_experts import HotExperts
 from runtime.kernels import ExpertMath, views
+from runtime.kernels_crossover import assumed_few_tokens
 from runtime.layer_rows import LayerRows, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
@@ -94,10 +95,13 @@ class Executor:
         eviction: str | None = None,
         observe: Observe | None = None,
         hot: HotExperts | None = None,
+        few_tokens: Callable[[ExpertFormat], int] = assumed_few_tokens,
     ) -> None:
         self._device = device
         self._layers = tuple(layers)
-        self._maths = tuple(layer.math.reading(layer.format) for layer in layers)
+        self._maths = tuple(
+            layer.math.reading(layer.format, few_tokens(layer.format)) for layer in layers
+        )
         self._store = store
         self._observe = observe
         self._predictor = predictor
