@@ -20,12 +20,18 @@ FORMS = {
     "Q4_0": Form("int4", 1, 32),
     "Q4_1": Form("int4", 1, 32, zeros=True),
     "Q4_K": Form("int4", 1, 32, zeros=True),
+    "Q5_0": Form("int8", 1, 32),
+    "Q5_1": Form("int8", 1, 32, zeros=True),
     "Q8_0": Form("int8", 1, 32),
+    "IQ4_NL": Form("int8", 1, 32),
+    "IQ4_XS": Form("int8", 1, 32),
     "Q5_K": Form("int8", 1, 32, zeros=True),
     "Q6_K": Form("int8", 1, 16),
     "MXFP4": Form("mxfp4", 1, 32),
 }
 _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+# The sixteen steps of ggml's non-linear four-bit types.
+_IQ4_STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _ROWS_ITEMS = 2**22
 
 
@@ -123,6 +129,38 @@ def _q4_1(blocks: Tensor) -> _Unpacked:
     return _nibbles(blocks[:, 4:]), scale, 8 * scale + _half(blocks, 2)
 
 
+def _fifth_bits(blocks: Tensor, begin: int) -> Tensor:
+    """Return the fifth bit (blocks, 32) of each number, 16 where it is set."""
+    bits = torch.arange(8, dtype=torch.uint8)
+    return ((blocks[:, begin : begin + 4].unsqueeze(2) >> bits & 1) << 4).flatten(1)
+
+
+def _q5_0(blocks: Tensor) -> _Unpacked:
+    numbers = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
+    return numbers.to(torch.int8) - 16, _half(blocks, 0), None
+
+
+def _q5_1(blocks: Tensor) -> _Unpacked:
+    numbers = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    return numbers.to(torch.int8), _half(blocks, 0), _half(blocks, 2)
+
+
+def _stepped(nibbles: Tensor) -> Tensor:
+    return torch.tensor(_IQ4_STEPS, dtype=torch.int8)[nibbles.int()]
+
+
+def _iq4_nl(blocks: Tensor) -> _Unpacked:
+    return _stepped(_nibbles(blocks[:, 2:])), _half(blocks, 0), None
+
+
+def _iq4_xs(blocks: Tensor) -> _Unpacked:
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), 2).flatten(1)
+    bits = torch.arange(0, 8, 2, dtype=torch.uint8)
+    high = (blocks[:, 2:4].unsqueeze(2) >> bits & 3).flatten(1)
+    scales = (low | (high << 4)).to(torch.int8) - 32
+    return _stepped(_nibbles(blocks[:, 8:].view(-1, 8, 16))), _half(blocks, 0) * scales, None
+
+
 def _q8_0(blocks: Tensor) -> _Unpacked:
     return blocks[:, 2:].contiguous().view(torch.int8), _half(blocks, 0), None
 
@@ -167,7 +205,11 @@ def _q6_k(blocks: Tensor) -> _Unpacked:
 _UNPACK = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,

@@ -24,7 +24,8 @@ READABLE = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"), "uint8"),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"), "uint8"),
+    **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K", "MXFP4"), "uint8"),
 }
 MAX_PARTS = 1000
 _CHOOSE = "Choose one of the .gguf files."

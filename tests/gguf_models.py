@@ -412,6 +412,13 @@ class _Making:
 def numbers(blocks: Stored) -> Tensor:
     """Return what the blocks of a quantised tensor stand for, by code that is not ours."""
     raw = torch.frombuffer(bytearray(blocks.content), dtype=torch.uint8)
+    if blocks.type in ("Q5_0", "Q5_1"):
+        rows = raw.view(-1, 22 if blocks.type == "Q5_0" else 24)
+        scales = rows[:, :4].contiguous().view(torch.float16).float()
+        bits = (rows[:, -20:-16, None].int() >> torch.arange(8) & 1).flatten(1)
+        codes = torch.cat((rows[:, -16:] & 15, rows[:, -16:] >> 4), 1) + 16 * bits
+        least = scales[:, 1:] if blocks.type == "Q5_1" else -16 * scales[:, :1]
+        return (codes * scales[:, :1] + least).reshape(blocks.shape)
     if blocks.type == "MXFP4":
         rows = raw.view(-1, 17)
         halved = torch.tensor((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)) / 2

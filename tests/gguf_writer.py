@@ -17,7 +17,11 @@ TYPES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
     "F16": (1, 1, 2, ()),
     "Q4_0": (2, 32, 18, (0,)),
     "Q4_1": (3, 32, 20, (0, 2)),
+    "Q5_0": (6, 32, 22, (0,)),
+    "Q5_1": (7, 32, 24, (0, 2)),
     "Q8_0": (8, 32, 34, (0,)),
+    "IQ4_NL": (20, 32, 18, (0,)),
+    "IQ4_XS": (23, 256, 136, (0,)),
     "Q2_K": (10, 256, 84, (80, 82)),
     "Q4_K": (12, 256, 144, (0, 2)),
     "Q5_K": (13, 256, 176, (0, 2)),
@@ -25,7 +29,10 @@ TYPES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
     "BF16": (30, 1, 2, ()),
     "MXFP4": (39, 32, 17, ()),
 }
-QUANTISED = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+QUANTISED = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "MXFP4") + (
+    "IQ4_NL",
+    "IQ4_XS",
+)
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -62,11 +69,12 @@ def random_blocks(
     raw = torch.randint(0, 256, (blocks // numbers, block_bytes), generator=generator)
     raw = raw.to(torch.uint8)
     steps = {"Q4_0": 8, "Q4_1": 8, "Q8_0": 128, "Q4_K": 480, "Q5_K": 960, "Q6_K": 2048}
+    steps |= {"Q5_0": 16, "Q5_1": 16, "IQ4_NL": 128, "IQ4_XS": 2048}
     for number, offset in enumerate(scales):
         # The second scale is that of the minimum, which is to lie about half a range below zero.
         scale = size / steps[kind] * (0.5 + torch.rand(len(raw), generator=generator))
         if number:
-            scale *= -8 if kind == "Q4_1" else 15
+            scale *= {"Q4_1": -8, "Q5_1": -16}.get(kind, 15)
         raw[:, offset : offset + 2] = scale.to(torch.float16)[:, None].view(torch.uint8)
     if kind == "MXFP4":
         raw[:, 0] = torch.randint(119, 122, (len(raw),), generator=generator).to(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def wild(kind: str, seed: int = 0) -> Tensor:
 
 def expected(kind: str, raw: Tensor) -> Tensor:
     """Return what somebody else's code makes of the blocks."""
-    if kind == "MXFP4":
-        return _mxfp4(raw)
+    if kind in _ONE_BY_ONE:
+        return _ONE_BY_ONE[kind](raw)
     return dequant.dequantize(raw, TYPES[kind][0]).view(-1, COLUMNS)
 
 
@@ -54,6 +55,29 @@ def _mxfp4(raw: Tensor) -> Tensor:
         nibbles = [byte & 15 for byte in block[1:]] + [byte >> 4 for byte in block[1:]]
         numbers += [doubled[nibble] * 2.0 ** (block[0] - 128) for nibble in nibbles]
     return torch.tensor(numbers, dtype=torch.float64).float().view(-1, COLUMNS)
+
+
+def _five_bits(raw: Tensor, size_bytes: int) -> Tensor:
+    """One number after another: float16 scale (and minimum), 32 fifth bits, 32 nibbles."""
+    numbers = []
+    for block in raw.view(-1, size_bytes).numpy():
+        scale = float(block[:2].view(np.float16)[0])
+        least = float(block[2:4].view(np.float16)[0]) if size_bytes == 24 else -16 * scale
+        bits = int.from_bytes(block[-20:-16].tobytes(), "little")
+        nibbles = [int(byte) & 15 for byte in block[-16:]] + [
+            int(byte) >> 4 for byte in block[-16:]
+        ]
+        for place, nibble in enumerate(nibbles):
+            numbers.append((nibble + 16 * (bits >> place & 1)) * scale + least)
+    return torch.tensor(numbers, dtype=torch.float64).float().view(-1, COLUMNS)
+
+
+# What transformers has no code for.
+_ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "MXFP4": _mxfp4,
+    "Q5_0": lambda raw: _five_bits(raw, 22),
+    "Q5_1": lambda raw: _five_bits(raw, 24),
+}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
