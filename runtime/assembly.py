@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICY: PolicyName = "prescope"
 PREDICTORS_FOLDER = "predictors"
+DIGESTS_NAME = "digests.json"
 
 log = logging.getLogger("prescope.assembly")
 
@@ -64,6 +65,7 @@ def assemble(
     from runtime.engine_parts import EngineParts
     from runtime.executor import Executor
     from runtime.kernels_crossover import Crossovers, assumed_few_tokens
+    from runtime.file_digests import verify_files
     from runtime.loader import load_model, read_shape
     from runtime.planner import plan_memory
     from runtime.prompts_templates import Templates, settle_template
@@ -75,6 +77,7 @@ def assemble(
     torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
     dtype = dtype_for(profile)
     data = data or data_dir()
+    verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
     shape = read_shape(folder, dtype, request.experts)
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes

@@ -50,6 +50,7 @@ FLOORS = {
     "device_host": 2,
     "hardware": 2,
     "safetensors_files": 2,
+    "file_digests": 2,
     "store": 2,
     "hot_experts": 2,
     "weight_forms": 2,
