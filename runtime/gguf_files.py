@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from runtime.safetensors_files import (
     SINGLE_NAME,
     SafetensorsFiles,
     TensorEntry,
-    open_regular,
 )
 
 # What a type's bytes are to torch. Blocks are bytes; `runtime.gguf_blocks` says what they mean.
@@ -43,10 +40,8 @@ class GgufFiles(SafetensorsFiles):
     """
 
     def __init__(self, path: Path) -> None:
-        self.tensors: dict[str, TensorEntry] = {}
+        self._start()
         self.metadata: dict[str, Any] = {}
-        self._files: list[io.FileIO] = []
-        self._seeking = threading.Lock()
         self.paths = gguf_paths(path)
         try:
             for number in range(len(self.paths)):
@@ -58,8 +53,7 @@ class GgufFiles(SafetensorsFiles):
 
     def _open_part(self, number: int) -> None:
         path = self.paths[number]
-        file = open_regular(path)
-        self._files.append(file)
+        file = self._open(path)
         header = read_header(file, path)
         parts = header.metadata.get("split.count", 1)
         if parts not in (len(self.paths), 0) or header.metadata.get("split.no", number) != number:

@@ -86,10 +86,7 @@ class SafetensorsFiles:
     _past_cache: DirectFiles | None = None
 
     def __init__(self, folder: Path) -> None:
-        self.tensors: dict[str, TensorEntry] = {}
-        self._files: list[io.FileIO] = []
-        self._states: list[tuple[int, int]] = []
-        self._seeking = threading.Lock()
+        self._start()
         weight_map = _weight_map(folder)
         names = sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]
         self.paths = tuple(folder / name for name in names)
@@ -100,6 +97,20 @@ class SafetensorsFiles:
         except BaseException:
             self.close()
             raise
+
+    def _start(self) -> None:
+        """Hold no file yet. Readers of other formats begin with this too."""
+        self.tensors: dict[str, TensorEntry] = {}
+        self._files: list[io.FileIO] = []
+        self._states: list[tuple[int, int]] = []
+        self._seeking = threading.Lock()
+
+    def _open(self, path: Path) -> io.FileIO:
+        """Open the next file and remember its state."""
+        file = open_regular(path)
+        self._files.append(file)
+        self._states.append(_state_of(file))
+        return file
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` (writable bytes) with the tensor's bytes from `begin` on.
@@ -131,9 +142,7 @@ class SafetensorsFiles:
             file.close()
 
     def _add(self, number: int, path: Path) -> None:
-        file = open_regular(path)
-        self._files.append(file)
-        self._states.append(_state_of(file))
+        file = self._open(path)
         for entry in _read_header(file, path, number):
             other = self.tensors.get(entry.name)
             if other is not None:
