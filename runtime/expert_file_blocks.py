@@ -154,6 +154,11 @@ class Blocks:
 
 
 def write_at(file: io.FileIO, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at byte `at`.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
     view = memoryview(data)
     done = 0
     while done < len(view):

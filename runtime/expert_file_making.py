@@ -12,6 +12,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
 from runtime.kernels import views
 from runtime.store import ExpertSource
 from runtime.store_recipes import bytes_in
-from runtime.weight_forms import Codes, encode, form_for, parts_of
+from runtime.weight_forms import Codes, encode, parts_of
 
 SYNC_BYTES = 64 * 2**20
 PIECE_NUMBERS = 2**22
+MAKERS = 4
 
 log = logging.getLogger("prescope.experts")
 
@@ -45,18 +47,25 @@ class Quantiser:
     form_of: Callable[[tuple[int, int]], Form | None]
     quantise: Callable[[Tensor, Form], Codes]
 
-    def in_pieces(self, matrix: Tensor, form: Form, stop: Callable[[], bool]) -> Codes:
+    def in_pieces(self, matrix: Tensor, form: Form, stop: Callable[[], bool], name: str) -> Codes:
         """Quantise a few rows at a time, so that memory stays small and `stop` is asked often.
 
         Raises:
             CancelledError: `stop` returned True.
+            ModelFilesError: the matrix, called `name`, has numbers that are not finite.
         """
         rows = max(form.rows, PIECE_NUMBERS // matrix.shape[1] // form.rows * form.rows)
         pieces = []
         for begin in range(0, len(matrix), rows):
             if stop():
                 raise CancelledError("Loading was stopped.")
-            pieces.append(self.quantise(matrix[begin : begin + rows], form))
+            piece = matrix[begin : begin + rows]
+            if not bool(torch.isfinite(piece).all()):
+                raise ModelFilesError(
+                    f"{name} has numbers that are not finite, so it cannot be quantised.",
+                    "Load the model's experts as stored, or download it again.",
+                )
+            pieces.append(self.quantise(piece, form))
         if len(pieces) == 1:
             return pieces[0]
         zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
@@ -94,12 +103,18 @@ class LayerForms:
     transposed: bool
 
     def convert(
-        self, plain: Tensor, held: Tensor, quantiser: Quantiser, stop: Callable[[], bool]
+        self,
+        plain: Tensor,
+        held: Tensor,
+        quantiser: Quantiser,
+        stop: Callable[[], bool],
+        whose: str,
     ) -> None:
         """Write the expert in `plain` into `held` as it is held; padding becomes zero.
 
         Raises:
             CancelledError: `stop` returned True.
+            ModelFilesError: the expert, called `whose`, has numbers that are not finite.
         """
         sources, targets = views(plain, self.plain), views(held, self.held)
         held.zero_()
@@ -110,7 +125,11 @@ class LayerForms:
                 targets[name].copy_(source)
                 continue
             weight = source.t() if self.transposed else source
-            encode(quantiser.in_pieces(weight, matrix.form, stop), matrix, targets)
+            encode(
+                quantiser.in_pieces(weight, matrix.form, stop, f"{name} of {whose}"),
+                matrix,
+                targets,
+            )
 
 
 def quantised_layer(
@@ -131,7 +150,6 @@ def quantised_layer(
         if form is None:
             tensors.append((part.name, part.shape, part.dtype))
             continue
-        form = form_for(form, getattr(torch, part.dtype))
         matrices.append(Matrix(part.name, (shape[0], shape[1]), form))
         tensors += parts_of(matrices[-1])
     return LayerForms(experts, plain, lay_out(tensors, matrices), transposed)
@@ -140,7 +158,7 @@ def quantised_layer(
 class KeptExperts:
     """The quantised experts of one model, from their file or made on the way into it.
 
-    Any thread may `read`; experts are made one at a time. `complete` once, when everything that
+    Any thread may `read`, several at once. `complete` once, when everything that
     wanted to be in memory has been read; `close` once nobody reads. `notices` are sentences for a
     person: why a file was not used, or why none is kept.
     """
@@ -160,14 +178,15 @@ class KeptExperts:
         self._plain = plain
         self._layers = tuple(layers)
         self._quantiser = quantiser
-        self._making = threading.Lock()
+        self._writing = threading.Lock()
+        """Held for everything that changes here: the writer, the file, what is written, notices."""
+        self._own = threading.local()
         self._file: ExpertFile | None = None
         self._writer: ExpertFileWriter | None = None
         self._written: set[ExpertId] = set()
         self._unsynced_bytes = 0
         largest = max((layer.plain.size_bytes for layer in layers), default=0)
         self._scratch_bytes = largest
-        self._scratch = torch.empty(0, dtype=torch.uint8)
         if path is None:
             return
         self._file, ignored = open_expert_file(path, header)
@@ -200,16 +219,12 @@ class KeptExperts:
         """
         file = self._file
         if file is None:
-            with self._making:
-                if self._file is None:
-                    self._make_or_take_up(expert, into)
-                    return
-                file = self._file
+            self._make_or_take_up(expert, into)
+            return
         try:
             file.read(expert, into)
         except ModelFilesError as damage:
-            with self._making:
-                self._heal(file, expert, into, damage)
+            self._heal(file, expert, into, damage)
 
     def complete(
         self, progress: Callable[[LoadProgress], None], cancelled: Callable[[], bool]
@@ -222,29 +237,13 @@ class KeptExperts:
         """
         if self._file is not None:
             return
-        total = sum(layer.experts * layer.held.size_bytes for layer in self._layers)
-        done = 0
-        for number, layer in enumerate(self._layers):
-            left = [ExpertId(number, index) for index in range(layer.experts)]
-            left = [expert for expert in left if expert not in self._written]
-            done += (layer.experts - len(left)) * layer.held.size_bytes
-            held = torch.empty(layer.held.size_bytes, dtype=torch.uint8)
-            for expert in left:
-                if self._writer is None:
-                    return
-                if cancelled():
-                    raise CancelledError("Loading was stopped.")
-                text = f"{self.activity}, layer {number + 1} of {len(self._layers)}"
-                progress(LoadProgress(text, done, total))
-                self.read(expert, bytes_in(held))
-                done += layer.held.size_bytes
-        with self._making:
+        self._make_the_rest(progress, cancelled)
+        with self._writing:
             if self._writer is not None:
                 try:
                     self._file, self._writer = self._writer.finish(), None
                 except DiskError as error:
                     self._keep_nothing(error)
-            self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
         """Let go of the file and the checkpoint; what is not finished is taken up the next time."""
@@ -254,41 +253,83 @@ class KeptExperts:
             self._writer.close()
         self._plain.close()
 
+    def _make_the_rest(
+        self, progress: Callable[[LoadProgress], None], cancelled: Callable[[], bool]
+    ) -> None:
+        total = sum(layer.experts * layer.held.size_bytes for layer in self._layers)
+        done = sum(self._layers[expert.layer].held.size_bytes for expert in self._written)
+
+        def make(expert: ExpertId) -> None:
+            held = torch.empty(self._layers[expert.layer].held.size_bytes, dtype=torch.uint8)
+            self.read(expert, bytes_in(held))
+
+        with ThreadPoolExecutor(MAKERS, "prescope-quantise") as makers:
+            for number, layer in enumerate(self._layers):
+                everybody = [ExpertId(number, index) for index in range(layer.experts)]
+                left = [expert for expert in everybody if expert not in self._written]
+                for _ in makers.map(make, left):
+                    if cancelled():
+                        raise CancelledError("Loading was stopped.")
+                    if self._writer is None:
+                        return
+                    done += layer.held.size_bytes
+                    text = f"{self.activity}, layer {number + 1} of {len(self._layers)}"
+                    progress(LoadProgress(text, done, total))
+
     def _make_or_take_up(self, expert: ExpertId, into: memoryview) -> None:
-        try:
-            if self._writer is not None and self._writer.read(expert, into):
-                self._written.add(expert)
-                return
-        except DiskError as error:
-            self._keep_nothing(error)
-        self._make(expert, into)
-        if self._writer is None:
+        if self._taken_up(expert, into):
             return
-        try:
-            self._writer.write(expert, into)
-            self._unsynced_bytes += len(into)
-            if self._unsynced_bytes >= SYNC_BYTES:
-                self._unsynced_bytes = 0
-                self._writer.sync()
-        except DiskError as error:
-            self._keep_nothing(error)
-        self._written.add(expert)
+        self._make(expert, into)
+        with self._writing:
+            if self._writer is None:
+                return
+            try:
+                self._writer.write(expert, into)
+                self._unsynced_bytes += len(into)
+                if self._unsynced_bytes >= SYNC_BYTES:
+                    self._unsynced_bytes = 0
+                    self._writer.sync()
+            except DiskError as error:
+                self._keep_nothing(error)
+            self._written.add(expert)
+
+    def _taken_up(self, expert: ExpertId, into: memoryview) -> bool:
+        """Say whether an earlier load wrote the expert, which then is in `into`."""
+        with self._writing:
+            if self._writer is None:
+                return False
+            try:
+                found = self._writer.read(expert, into)
+            except DiskError as error:
+                self._keep_nothing(error)
+                return False
+            if found:
+                self._written.add(expert)
+            return found
 
     def _make(self, expert: ExpertId, into: memoryview) -> None:
-        if not self._scratch.numel():
-            self._scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
+        scratch: Tensor | None = getattr(self._own, "scratch", None)
+        if scratch is None:
+            scratch = self._own.scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
         layer = self._layers[expert.layer]
-        plain = self._scratch[: layer.plain.size_bytes]
+        plain = scratch[: layer.plain.size_bytes]
         self._plain.read(expert, bytes_in(plain))
         target = torch.frombuffer(into, dtype=torch.uint8)
-        layer.convert(plain, target, self._quantiser, self.stop)
+        whose = f"expert {expert.expert} of MoE layer {expert.layer}"
+        layer.convert(plain, target, self._quantiser, self.stop, whose)
 
     def _heal(
         self, file: ExpertFile, expert: ExpertId, into: memoryview, damage: ModelFilesError
     ) -> None:
         self._make(expert, into)
+        with self._writing:
+            self._put_back(file, expert, into, damage)
+
+    def _put_back(
+        self, file: ExpertFile, expert: ExpertId, data: memoryview, damage: ModelFilesError
+    ) -> None:
         try:
-            healed = file.heal(expert, into)
+            healed = file.heal(expert, data)
         except DiskError as error:
             self._note(f"{damage.message} It was made again, but not kept: {error.message}")
             return

@@ -29,7 +29,7 @@ from runtime.config import model_name
 from runtime.core import ExpertsWish, LoadProgress, ModelShape
 from runtime.errors import CancelledError, ModelFilesError
 from runtime.loader_dense import DenseWeights, Stop
-from runtime.loader_experts import finish, hold_experts, naming
+from runtime.loader_experts import finish, hold_experts, naming, one_thread_each
 from runtime.loader_source import open_source
 from runtime.safetensors_files import SafetensorsFiles
 from runtime.store import ExpertStore
@@ -128,21 +128,22 @@ def load_model(
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
         held = with_held_formats(find_moe_layers(model, dtype), wanted.sources)
         reading = wanted.open(files, files.paths, folder, model_name(folder), kept, cancelled)
-        store = ExpertStore(
-            files,
-            wanted.sources,
-            source=reading,
-            allocate_host=allocate_host,
-            progress=naming(reading, dense.continued),
-            cancelled=cancelled,
-            release_host=release_host,
-            ram_experts=ram_experts,
-        )
-        try:
-            remarks = finish(reading, dense.continued, cancelled)
-        except BaseException:
-            store.close()
-            raise
+        with one_thread_each(reading):
+            store = ExpertStore(
+                files,
+                wanted.sources,
+                source=reading,
+                allocate_host=allocate_host,
+                progress=naming(reading, dense.continued),
+                cancelled=cancelled,
+                release_host=release_host,
+                ram_experts=ram_experts,
+            )
+            try:
+                remarks = finish(reading, dense.continued, cancelled)
+            except BaseException:
+                store.close()
+                raise
     except BaseException:
         files.close()
         raise

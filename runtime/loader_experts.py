@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from runtime.adapter import MoeLayer
 from runtime.core import ExpertsWish, LoadProgress
 from runtime.errors import ModelFilesError
 from runtime.expert_file_header import LayerExperts, describe_source, file_path
 from runtime.expert_file_making import KeptExperts, LayerForms, Quantiser, quantised_layer
-from runtime.formats import Form, FormKind
+from runtime.formats import FormKind
+from runtime.quantize import form_of, quantise
 from runtime.store import ExpertSource
 from runtime.store_recipes import LayerSource, RecipeSource, TensorFiles
-from runtime.weight_forms import Codes
 
 
 @dataclass(frozen=True)
@@ -143,25 +144,24 @@ def finish(
     return tuple(source.notices)
 
 
+@contextmanager
+def one_thread_each(source: ExpertSource) -> Iterator[None]:
+    """Let threads that quantise experts at the same time have one core each.
+
+    The operations are small: several readers with a core each are faster than one that shares
+    every operation between all cores, and many times faster than several that do.
+    """
+    if not isinstance(source, KeptExperts) or source.file is not None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def quantiser_for(kind: FormKind) -> Quantiser:
     """Return the arithmetic that makes int8 or int4 of a matrix."""
-    return Quantiser(kind, lambda shape: _form(kind, shape), _quantise)
-
-
-def _form(kind: FormKind, shape: tuple[int, int]) -> Form | None:
-    if kind == "int8":
-        return Form("int8")
-    columns = next((n for n in (64, 32, 16) if shape[1] % n == 0), None)
-    return None if columns is None else Form("int4", columns=columns, zeros=True)
-
-
-def _quantise(matrix: Tensor, form: Form) -> Codes:
-    wide = matrix.float()
-    if form.kind == "int8":
-        scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        return Codes(form, (wide / scales).round().to(torch.int8), scales)
-    blocks = wide.reshape(len(wide), -1, form.columns)
-    low, high = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
-    scales = (high - low).clamp(min=1e-30) / 15
-    codes = ((blocks - low) / scales).round().clamp(0, 15).to(torch.uint8).flatten(1)
-    return Codes(form, codes, scales.squeeze(2), (low + 8 * scales).squeeze(2))
+    return Quantiser(kind, partial(form_of, kind), quantise)

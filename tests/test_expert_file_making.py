@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runtime import expert_file_blocks
 from runtime.core import ExpertId, LoadProgress
-from runtime.errors import CancelledError
+from runtime.errors import CancelledError, ModelFilesError
 from runtime.expert_file_header import (
     ExpertFileHeader,
     LayerExperts,
@@ -155,11 +155,8 @@ def test_matrices_are_quantised_and_the_rest_stays_as_it_is(
             back = dequantise(held(matrix, parts), torch.float32)
             # Half a step between the smallest and the largest number of a group of 8.
             groups = weight.unflatten(1, (-1, 8))
-            reach = groups.amax(2) - groups.amin(2)
-            bound = 0.51 * reach / (15 if kind == "int4" else 255)
-            if dtype == "bfloat16":  # and so are the scales and zeros of its groups
-                bound += 2**-8 * (reach + groups.abs().amax(2))
-            assert ((back - weight).unflatten(1, (-1, 8)).abs().amax(2) <= bound).all()
+            step = (groups.amax(2) - groups.amin(2)) / (15 if kind == "int4" else 255)
+            assert ((back - weight).unflatten(1, (-1, 8)).abs().amax(2) <= 0.51 * step).all()
     opened.kept.close()
 
 
@@ -194,7 +191,7 @@ def test_what_nobody_read_is_made_at_the_end_with_progress(tmp_path: Path) -> No
     assert steps[-1].text == "Quantising the experts to int4, layer 3 of 3"
     done = [step.done_bytes for step in steps]
     assert done == sorted(done)
-    assert steps[-1].total_bytes == LAYERS * EXPERTS * opened.forms[0].held.size_bytes
+    assert done[-1] == steps[-1].total_bytes == LAYERS * EXPERTS * opened.forms[0].held.size_bytes
     made = opened.read_all()
     assert made[ExpertId(0, 2)] == bytes(raw)
     opened.kept.close()
@@ -215,11 +212,11 @@ def test_a_cancelled_load_is_taken_up_where_it_ended(after: int, tmp_path: Path)
 
     with pytest.raises(CancelledError):
         first.kept.complete(lambda step: None, cancelled)
-    assert first.files.reads == 3 * after
+    assert first.files.reads >= 3 * after
     first.kept.close()
     second = model.open(tmp_path / "cache")
     second.complete()
-    assert second.files.reads == 3 * (LAYERS * EXPERTS - after)
+    assert second.files.reads == 3 * LAYERS * EXPERTS - first.files.reads
     second.kept.close()
 
 
@@ -433,3 +430,16 @@ def test_a_kept_file_can_be_read_past_the_page_cache(tmp_path: Path) -> None:
         assert first.read_all() == made
     first.kept.close()
     first.kept.close()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_instead_of_spread(
+    wrong: float, tmp_path: Path
+) -> None:
+    model = Model(tmp_path / "m")
+    model.weights["1.2.down"][3, 4] = wrong
+    save_file(model.weights, model.folder / SINGLE_NAME)
+    opened = model.open(tmp_path / "cache")
+    with pytest.raises(ModelFilesError, match="down of expert 2 of MoE layer 1 has numbers"):
+        opened.read_all()
+    opened.kept.close()

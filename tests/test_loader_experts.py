@@ -94,7 +94,8 @@ def test_every_weight_is_within_a_step_of_the_stored_one(
     stored, quantised = load(tmp_path), load(tmp_path, experts=kind)
     for layer, (plain, now) in enumerate(zip(stored.layers, quantised.layers, strict=True)):
         assert now.math.up in {matrix.name for matrix in now.format.matrices}
-        assert all(matrix.form.kind == kind for matrix in now.format.matrices)
+        # Inputs that no group of four bits divides take eight.
+        assert {matrix.form.kind for matrix in now.format.matrices} <= {kind, "int8"}
         for expert in range(plain.experts):
             at = ExpertId(layer, expert)
             before = views(stored.store.bytes_of(at), plain.format)
