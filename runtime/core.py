@@ -214,8 +214,8 @@ class GenerationStats:
 
     The five `served_*` add up to `routed`, which counts (layer, expert) uses per forward pass.
     `disk_stall_s` is the part of `stall_s` spent on experts that RAM did not hold, `ram_hit_rate`
-    the share of experts looked for in RAM that were there (None: none was looked for) and
-    `ram_experts` how many RAM may hold (None: all).
+    the share of experts looked for in RAM that were there (None: all are there) and
+    `ram_experts` how many RAM may hold (None: unknown).
     """
 
     emulated: bool

@@ -211,6 +211,7 @@ class Engine:
             if generation.stop():
                 self._end(generation, "cancelled")
         self._let_in()
+        self.parts.watch_ram()
         turns = self._turns()
         if not turns:
             return
@@ -246,6 +247,7 @@ class Engine:
             prediction=executor.look_ahead,
             verdict=executor.verdict,
             stall_s_by_layer=executor.stall_s_by_layer,
+            ram_experts=executor.ram_experts,
         )
 
     def close(self) -> None:

@@ -38,6 +38,9 @@ class Executor(Protocol):
     @property
     def stall_s_by_layer(self) -> tuple[float, ...]: ...
 
+    @property
+    def ram_experts(self) -> int | None: ...
+
     def set_policy(self, policy: str) -> None: ...
 
     def set_prediction(self, on: bool) -> None: ...
@@ -73,7 +76,8 @@ class EngineParts:
 
     `new_cache` makes an empty KV cache for it; `close` gives all of it back. `remarks` are
     sentences for a person about how it was loaded. `render` runs the tokenizer's chat template
-    where it can do no harm; None runs it in this process.
+    where it can do no harm; None runs it in this process. `watch_ram` is called between two
+    forward passes.
     """
 
     model: Callable[..., Any]
@@ -89,3 +93,4 @@ class EngineParts:
     close: Callable[[], None]
     remarks: tuple[str, ...] = ()
     render: Render | None = None
+    watch_ram: Callable[[], None] = lambda: None

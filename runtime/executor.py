@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +19,10 @@ import torch
 from runtime.cache import CacheTable
 from runtime.core import ExpertId, HardwareProfile, Verdict
 from runtime.device import Device
+from runtime.disk import Disk
 from runtime.executor_heat import Heat
 from runtime.executor_preload import preload
+from runtime.executor_ram import RamExperts
 from runtime.executor_steering import Steering, serving_policy
 from runtime.formats import ExpertFormat
 from runtime.hot_experts import HotExperts
@@ -109,7 +111,7 @@ class Executor:
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
         self._slab = device.allocate_slots(slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
-        self._host_views: dict[ExpertId, dict[str, torch.Tensor]] = {}
+        self._ram = RamExperts(store, [layer.format for layer in layers])
         self._counters = Counters()
         setup = PolicySetup(
             tuple(layer.experts for layer in layers),
@@ -127,7 +129,9 @@ class Executor:
         chunk_bytes = chunk_bytes_for(profile.link_bytes_per_s.value)
         self._link = Link(device, self._slab, store.bytes_of, chunk_bytes)
         drive = virtual_transfer if virtual_clock else TransferThread
-        self._transfer: Transfer = drive(device, self._link, chunk_bytes)
+        store.tier.begin()
+        disk = Disk(store.tier, store.fill)
+        self._transfer: Transfer = drive(device, self._link, chunk_bytes, disk)
         self._closing = ExitStack()
         self._closing.callback(device.close)
         self._closing.callback(self._transfer.close)
@@ -192,6 +196,7 @@ class Executor:
         experts = self._hot.first(self.residency.cache.free_slots, by_layer=by_layer)
         preload(self, self.residency.cache, experts, self._layer_bytes, cancelled)
         self._uncounted = self.link_totals()
+        self._store.tier.count_anew()
 
     def idle(self, budget_s: float) -> None:
         """Let the predictor learn for up to `budget_s`, while nothing is generated."""
@@ -236,6 +241,7 @@ class Executor:
         unused_bytes = self.residency.cache.unused_prefetch_bytes
         counters.link_bytes_pending = self._transfer.pending_bytes + unused_bytes
         counters.link_busy_s = self._transfer.busy_s - uncounted_s
+        self._store.tier.counted(counters)
         return counters
 
     def heat(self) -> bytes:
@@ -300,12 +306,23 @@ class Executor:
         finally:
             self._rows, self._demands = (), {}
             if not finished:
+                self._transfer.abandon()
                 self.order(self.residency.abandon_layer().orders)
         return [mine.combined() for mine in rows]
 
     def resize(self, slots: int) -> None:
         """Use only `slots` of the allocated slots; called between two layers."""
         self.order(self.residency.resize(slots).orders)
+
+    def resize_ram(self, experts: int) -> int:
+        """Let RAM hold so many experts; called between two layers. Return how many it may hold:
+        as they were where every expert has a place of its own size."""
+        return self._ram.resize(experts, self._transfer)
+
+    @property
+    def ram_experts(self) -> int:
+        """How many experts RAM may hold now."""
+        return self._ram.held
 
     def close(self) -> None:
         """End the transfer thread and give the device back; safe to call twice."""
@@ -348,7 +365,7 @@ class Executor:
 
         def compute() -> None:
             for expert in experts:
-                parts = self._host_views_of(expert)
+                parts = self._ram.views_of(expert)
                 for mine in rows:
                     if expert.expert in mine.demands:
                         mine.compute(expert.expert, parts)
@@ -357,6 +374,22 @@ class Executor:
         work = [(layout_bytes, self._demands[expert.expert]) for expert in experts]
         backlog_bytes = self._transfer.backlog_bytes
         self._counters.cpu_expert_s += self._device.on_cpu(work, backlog_bytes, compute)
+
+    def used(self, layer: int, demands: Iterable[int], token: float) -> None:
+        self._transfer.used(layer, demands, token)
+
+    def in_ram(self, expert: ExpertId) -> bool:
+        return self._store.tier.place_of(expert) is not None
+
+    def fetch(self, experts: Sequence[ExpertId]) -> tuple[Sequence[ExpertId], bool]:
+        asked_s = self._device.now_s()
+        held, at_s = self._transfer.fetch(experts, asked_s)
+        if at_s > asked_s:
+            self._device.reached(at_s)
+        return held, at_s > asked_s
+
+    def let_go(self, experts: Sequence[ExpertId]) -> None:
+        self._transfer.let_go(experts, self._device.now_s())
 
     def ended(self, wait: bool) -> Sequence[TransferEnded]:
         events = self._transfer.ended(self._device.now_s(), wait)
@@ -373,13 +406,6 @@ class Executor:
             for notice in self._hot.notices:
                 log.warning("%s", notice)
             self._hot.notices = ()
-
-    def _host_views_of(self, expert: ExpertId) -> dict[str, torch.Tensor]:
-        known = self._host_views.get(expert)
-        if known is None:
-            known = views(self._store.bytes_of(expert), self._layers[expert.layer].format)
-            self._host_views[expert] = known
-        return known
 
     def _views_of(self, slot: int, layout: ExpertFormat) -> dict[str, torch.Tensor]:
         key = (slot, layout)

@@ -1,12 +1,13 @@
 """The one order in which a layer's steps are done, whoever does them.
 
 Hits start at once and never wait for a copy; the CPU computes while copies fly; loaded experts are
-computed as they land; what is copied ahead is ordered last.
+computed as they land; what is copied ahead is ordered last. What RAM does not hold is read from
+disk meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from runtime.core import ExpertId
@@ -42,8 +43,25 @@ class LayerPorts(Protocol):
         """Launch one resident expert on the device; do not wait for it."""
         ...
 
+    def used(self, layer: int, demands: Iterable[int], token: float) -> None:
+        """Hear which experts a layer needs, wherever they are."""
+        ...
+
+    def in_ram(self, expert: ExpertId) -> bool:
+        """Say whether RAM holds an expert now, so that no read of the disk is needed."""
+        ...
+
+    def fetch(self, experts: Sequence[ExpertId]) -> tuple[Sequence[ExpertId], bool]:
+        """Let the CPU have as many of `experts` as RAM holds, at least one; say whether that had
+        to be waited for. All that are missing are read meanwhile."""
+        ...
+
+    def let_go(self, experts: Sequence[ExpertId]) -> None:
+        """Give back what was fetched."""
+        ...
+
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        """Compute these experts on the CPU, all in one call."""
+        """Compute these experts, which were fetched, on the CPU, all in one call."""
         ...
 
     def ended(self, wait: bool) -> Sequence[TransferEnded]:
@@ -71,11 +89,15 @@ def run_layer(
 ) -> None:
     """Serve one layer: hits first, CPU work while copies fly, loads as they land."""
     _take_ended(residency, ports)
+    ports.used(layer, step.demands, residency.token)
     _do(residency, ports, residency.routed(layer, step, _moment(residency, ports, tokens)))
     while residency.waits:
         idle_from_s = max(ports.now_s(), ports.busy_until_s())
         events = ports.ended(wait=True)
-        residency.stalled(max(0.0, ports.now_s() - idle_from_s))
+        residency.stalled(
+            max(0.0, ports.now_s() - idle_from_s),
+            max((event.bytes_s for event in events), default=0.0) - idle_from_s,
+        )
         for event in events:
             _do(residency, ports, residency.ended(event))
     _do(residency, ports, residency.layer_done(_moment(residency, ports, tokens)))
@@ -96,6 +118,7 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
         ports.queue_state(),
         residency.cache.free_slots,
         residency.holds,
+        ports.in_ram,
     )
 
 
@@ -106,6 +129,21 @@ def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
         ports.compute(expert, slot)
         _do(residency, ports, residency.computed(expert))
     if steps.cpu:
+        _compute_on_cpu(residency, ports, steps.cpu)
+
+
+def _compute_on_cpu(residency: Residency, ports: LayerPorts, experts: Sequence[ExpertId]) -> None:
+    """Compute what RAM holds at once, all in one call, and the rest as the disk brings it."""
+    left, seconds = list(experts), 0.0
+    while left:
+        idle_from_s = max(ports.now_s(), ports.busy_until_s())
+        held, waited = ports.fetch(left)
         began_s = ports.now_s()
-        ports.compute_on_cpu(steps.cpu)
-        residency.policy.note_cpu(ports.now_s() - began_s)
+        if waited:
+            stall_s = max(0.0, began_s - idle_from_s)
+            residency.stalled(stall_s, stall_s)
+        ports.compute_on_cpu(held)
+        seconds += ports.now_s() - began_s
+        ports.let_go(held)
+        left = [expert for expert in left if expert not in held]
+    residency.policy.note_cpu(seconds)

@@ -39,7 +39,8 @@ class Moment:
     `token` counts tokens since the start; `tokens` is how many rows the pass has, and `prompt`
     whether they follow one another in a prompt. `now_s` is the
     host's time, `device_free_s` when the device will have computed all it was given. `holds` says
-    whether an expert has a slot.
+    whether an expert has a slot, and `in_ram` whether it can be copied or computed on the CPU
+    without being read from disk first.
     """
 
     token: float
@@ -50,6 +51,7 @@ class Moment:
     queue: QueueState
     free_slots: int
     holds: Callable[[ExpertId], bool]
+    in_ram: Callable[[ExpertId], bool] = lambda expert: True
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class Routed:
 @dataclass(frozen=True)
 class Wish:
     """Copy `expert` ahead: the link takes wishes by `deadline_s`. `use` is how likely it is
-    needed then, 0 to 1."""
+    needed then, 0 to 1. One that `stays` is wanted for good, not on probation until it is used."""
 
     expert: ExpertId
     deadline_s: float
     use: float
+    stays: bool = False
 
 
 class Policy(Protocol):

@@ -15,6 +15,7 @@ from enum import Enum
 from runtime.cache import CacheTable, SlotState
 from runtime.core import ExpertId
 from runtime.eviction import Eviction, Lru
+from runtime.telemetry import Counters
 
 READS_IN_FLIGHT = 8
 PREFETCH_READS_IN_FLIGHT = 2
@@ -50,8 +51,9 @@ class _Urgency:
 class RamTier:
     """The places of one model's experts in RAM. `layer_bytes[l]` is the size of one of layer l.
 
-    With a place for every expert nothing is ever read again. Otherwise the victim is an expert
-    that the device holds as well, if there is one, and else whom `eviction` names.
+    With a place for every expert (`complete`) nothing is ever read again, and nothing counted.
+    Otherwise the victim is an expert that the device holds as well, if there is one, and else whom
+    `eviction` names.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RamTier:
         assert places > 0, f"{places} places"
         self.table = CacheTable(places, Lru() if eviction is None else eviction)
         self.hits = self.misses = self.read_bytes = 0
+        self.complete = False
         self._layer_bytes = tuple(layer_bytes)
         self._wants: dict[Want, _Urgency] = {}
         self._held: dict[Want, bool] = {}
@@ -117,7 +120,7 @@ class RamTier:
             return
         if self.place_of(want[1]) is None:
             self.misses += 1
-        else:
+        elif not self.complete:
             self.hits += 1
         self._wants[want] = _Urgency(demanded, deadline_s)
 
@@ -182,8 +185,28 @@ class RamTier:
             del self._wants[want]
         return lost
 
+    def counted(self, counters: Counters) -> None:
+        """Enter what was looked for and read since the start."""
+        counters.ram_hits, counters.ram_misses = self.hits, self.misses
+        counters.disk_bytes = self.read_bytes
+
+    def count_anew(self) -> None:
+        """Forget what was counted."""
+        self.hits = self.misses = self.read_bytes = 0
+
+    def begin(self) -> None:
+        """Start anew for another device, whoever used the tier before: nobody reads any more."""
+        for want in (*self._wants, *self._held):
+            self.let_go(want)
+        for read in list(self._reading.values()):
+            self.failed(read)
+        self.count_anew()
+        self._on_device.clear()
+        self._slots.clear()
+
     def resize(self, places: int) -> None:
         """Use only the first `places` of the places there ever were; at least one."""
+        self.complete = False
         self.table.resize(places)
 
     @property

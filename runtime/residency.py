@@ -169,10 +169,12 @@ class Residency:
             return Steps(self._fill_slots())
         return self._again(event)
 
-    def stalled(self, seconds: float) -> None:
-        """Note that the open layer had nothing to do for so long but to wait for the link."""
+    def stalled(self, seconds: float, disk_s: float = 0.0) -> None:
+        """Note that the open layer had nothing to do for so long but to wait for the link, or for
+        the disk: for `disk_s` of it, if that is not more."""
         assert self._open is not None
         self.counters.stall_s += seconds
+        self.counters.disk_stall_s += min(seconds, max(0.0, disk_s))
         self.stall_s_by_layer[self._open.layer] += seconds
 
     def layer_done(self, moment: Moment) -> Steps:
@@ -214,7 +216,7 @@ class Residency:
                     break
                 if not self.policy.displaces(wish, victim, moment):
                     continue
-            number = self._reserve(expert, victim, prefetched=True)
+            number = self._reserve(expert, victim, prefetched=not wish.stays)
             size = self._layer_bytes[expert.layer]
             self.cache.slot(number).unused_prefetch_bytes = size
             self.counters.prefetches += 1

@@ -53,6 +53,8 @@ class Costs:
     device_tokens_per_pass: float
     host_layer_s: float
     device_layer_s: float
+    disk_bytes_per_s: float = 2e9
+    disk_call_s: float = 1e-4
 
     @classmethod
     def of(cls, profile: HardwareProfile) -> Costs:
@@ -67,6 +69,8 @@ class Costs:
             profile.device_tokens_per_pass.value,
             profile.host_layer_s.value,
             profile.device_layer_s.value,
+            profile.disk_bytes_per_s.value,
+            profile.disk_call_s.value,
         )
 
     def scaled(self, link: float, cpu: float) -> Costs:
@@ -113,10 +117,13 @@ def split_least_makespan(
     busy_s: float = 0.0,
     worth: Callable[[int], float] = lambda expert: 0.0,
     bonus_s: Callable[[int], float] = lambda expert: 0.0,
+    device_s: Callable[[int], float] = lambda tokens: 0.0,
 ) -> MissPlan:
     """Split misses between link and CPU so that the later of the two ends soonest.
 
-    `ahead_s` is how long the link is taken already, `busy_s` how long the layer lasts anyway.
+    `ahead_s` is how long the link is taken already, `busy_s` how long the layer lasts anyway, and
+    `device_s` how long the device computes a fetched expert with so many tokens: it begins when
+    the host is back from the CPU's work, the last one not before it landed.
     Experts with many tokens go over the link, where tokens are cheap, then those with more
     `worth` in the cache; ties go to the CPU, which needs no slot. While anything is copied the
     CPU runs at its slower shared rate. A fetched expert stays in a slot: `bonus_s` is what that
@@ -129,7 +136,8 @@ def split_least_makespan(
         ordered = sorted(misses, key=lambda m: (-m.tokens, -worth(m.expert), m.expert))
     tokens = tuple(miss.tokens for miss in ordered)
     bonuses_s = tuple(bonus_s(miss.expert) for miss in ordered)
-    fetched = _best_split(tokens, bonuses_s, size_bytes, costs, ahead_s, busy_s)
+    devices_s = tuple(map(device_s, tokens))
+    fetched = _best_split(tokens, bonuses_s, devices_s, size_bytes, costs, ahead_s, busy_s)
     experts = tuple(miss.expert for miss in ordered)
     return MissPlan(experts[:fetched], experts[fetched:])
 
@@ -137,6 +145,7 @@ def split_least_makespan(
 def _best_split(
     tokens: Sequence[int],
     bonuses_s: Sequence[float],
+    devices_s: Sequence[float],
     size_bytes: int,
     costs: Costs,
     ahead_s: float,
@@ -148,6 +157,7 @@ def _best_split(
     work = [base + per_token * count for count in tokens]
     left_bytes = sum(work)
     left_bonus_s, bonus_s = sum(bonuses_s), 0.0
+    device_s = last_s = 0.0
     slow, fast = costs.cpu_bytes_per_s_while_copying, costs.cpu_bytes_per_s
     best, best_s = 0, float("inf")
     count = len(tokens)
@@ -157,11 +167,13 @@ def _best_split(
         if fetched < count:
             shared_bytes = min(left_bytes, (link_s if fetched else ahead_s) * slow)
             cpu_s = costs.cpu_call_s + shared_bytes / slow + (left_bytes - shared_bytes) / fast
-        total_s = max(link_s, cpu_s, busy_s) - bonus_s
+        total_s = max(link_s + last_s, max(cpu_s, busy_s) + device_s) - bonus_s
         if total_s < best_s:
             best, best_s = fetched, total_s
         if fetched < count:
             left_bytes -= work[fetched]
+            last_s = devices_s[fetched]
+            device_s += last_s
             bonus_s += bonuses_s[fetched]
             left_bonus_s -= bonuses_s[fetched]
         if link_s - bonus_s - left_bonus_s >= best_s:

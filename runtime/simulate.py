@@ -6,14 +6,16 @@ what the engine counted, which is the test that it tells the truth about the cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from runtime.cache import CacheTable
 from runtime.controller import Controller
 from runtime.core import ExpertId, HardwareProfile
+from runtime.errors import PreScopeError
 from runtime.layer_run import begin_pass, run_layer
 from runtime.policy import Policy
+from runtime.ram_tier import RamTier, Read
 from runtime.residency import Residency
 from runtime.telemetry import Counters
 from runtime.timeline import Timeline
@@ -65,21 +67,25 @@ def simulate(
     warm_passes: int = 0,
     controller: Controller | None = None,
     preload: Sequence[ExpertId] = (),
+    ram: RamTier | None = None,
 ) -> Simulated:
     """Run a trace's passes on the modelled machine of `profile`.
 
     The cache starts cold but for `preload`, at most as many experts as there are slots, which are
     there before time begins. `predictor_bytes` are the weights that a predictor reads per layer;
     they are charged to the device where the policy predicts. A `controller` decides how far is
-    copied ahead; without one the policy's own choice stands.
+    copied ahead; without one the policy's own choice stands. `ram` holds some of the experts and
+    is changed by the run; without it RAM holds them all.
     """
     counters = Counters()
     residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
     for expert in preload:
         number, _ = residency.cache.reserve(expert, None, 0.0, prefetched=False)
         residency.cache.landed(number)
+        if ram is not None:
+            ram.arrived(expert, number)
     charged_bytes = predictor_bytes if policy.predicts else 0
-    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes)
+    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes, ram)
     warm, warm_s = Counters(), 0.0
     for number, forward in enumerate(passes):
         ports.timeline.wait_for_compute()
@@ -109,9 +115,11 @@ class _LedgerPorts:
         chunk_bytes: int,
         counters: Counters,
         predictor_bytes: int,
+        ram: RamTier | None,
     ) -> None:
         self.timeline = Timeline(profile)
-        self.pump = TransferPump(TransferQueue(chunk_bytes), self._copy)
+        self.pump = TransferPump(TransferQueue(chunk_bytes), self._copy, ram, self._read)
+        self._ram = ram
         self._layer_bytes = tuple(layer_bytes)
         self._counters = counters
         self._predictor_bytes = predictor_bytes
@@ -128,6 +136,8 @@ class _LedgerPorts:
         counters.link_bytes_issued = self.pump.issued_bytes
         counters.link_bytes_pending = self.pump.pending_bytes + unused_bytes
         counters.link_busy_s = self.pump.busy_s
+        if self._ram is not None:
+            self._ram.counted(counters)
         return counters
 
     def now_s(self) -> float:
@@ -158,6 +168,21 @@ class _LedgerPorts:
         copying_until_s = self.timeline.copying_until_s(self.pump.backlog_bytes)
         self._counters.cpu_expert_s += self.timeline.cpu_experts(work, copying_until_s)
 
+    def used(self, layer: int, demands: Iterable[int], token: float) -> None:
+        self.pump.used(layer, demands, token)
+
+    def in_ram(self, expert: ExpertId) -> bool:
+        return self._ram is None or self._ram.place_of(expert) is not None
+
+    def fetch(self, experts: Sequence[ExpertId]) -> tuple[Sequence[ExpertId], bool]:
+        asked_s = self.timeline.host_s
+        held, at_s = self.pump.fetch(experts, asked_s)
+        self.timeline.host_s = max(asked_s, at_s)
+        return held, at_s > asked_s
+
+    def let_go(self, experts: Sequence[ExpertId]) -> None:
+        self.pump.let_go(experts, self.timeline.host_s)
+
     def ended(self, wait: bool) -> Sequence[TransferEnded]:
         events = self.pump.ended(self.timeline.host_s, wait)
         for event in events:
@@ -171,3 +196,6 @@ class _LedgerPorts:
         if chunk.first:
             self.timeline.copy_waits(self._free_s.pop(chunk.slot))
         return self.timeline.copy(chunk.size_bytes, chunk.ready_s, chunk.first)
+
+    def _read(self, read: Read) -> tuple[float, PreScopeError | None]:
+        return self.timeline.disk(read.size_bytes, read.ordered_s), None

@@ -97,6 +97,7 @@ class ExpertStore:
         count = len(everybody)
         places = count if ram_experts is None else min(ram_experts, count)
         self.slot_bytes = max(sizes, default=0)
+        self.most_experts = places
         self.total_bytes = sum(sizes[expert.layer] for expert in everybody)
         self.resizable = places < count or len(set(sizes)) == 1
         """Whether places can be given up: any place suits any expert."""
@@ -105,6 +106,7 @@ class ExpertStore:
         else:
             place_bytes = [sizes[expert.layer] for expert in everybody]
         self.tier = RamTier(sizes, max(1, places))
+        self.tier.complete = places == count
         self._blocks = Blocks(place_bytes, allocate_host, release_host, self.total_bytes)
         # The same share of every layer: nobody knows yet who will be used.
         chosen = sorted(everybody, key=lambda e: (e.expert, e.layer))[:places]

@@ -17,7 +17,10 @@ from runtime.core import GenerationStats, TelemetrySnapshot, Verdict
 
 @dataclass
 class Counters:
-    """What happened since the engine started. Expert uses count one per (layer, expert, pass)."""
+    """What happened since the engine started. Expert uses count one per (layer, expert, pass).
+
+    `ram_hits` and `ram_misses` count experts that the link or the CPU looked for in RAM.
+    """
 
     routed: int = 0
     served_resident: int = 0
@@ -44,6 +47,10 @@ class Counters:
     cpu_expert_s: float = 0.0
     link_busy_s: float = 0.0
     predictor_s: float = 0.0
+    ram_hits: int = 0
+    ram_misses: int = 0
+    disk_bytes: int = 0
+    disk_stall_s: float = 0.0
 
     def copy(self) -> Counters:
         """Return a snapshot that later additions do not change."""
@@ -85,6 +92,12 @@ class Counters:
         """Share of the prefetches that were used; None before the first."""
         return self.prefetches_used / self.prefetches if self.prefetches else None
 
+    @property
+    def ram_hit_rate(self) -> float | None:
+        """Share of the experts looked for in RAM that were there; None if none was."""
+        looked = self.ram_hits + self.ram_misses
+        return self.ram_hits / looked if looked else None
+
 
 SNAPSHOT_EVERY_S = 0.25
 WINDOW_S = 1.0
@@ -112,6 +125,7 @@ class Gauges:
     prediction: bool = False
     verdict: Verdict | None = None
     stall_s_by_layer: tuple[float, ...] = ()
+    ram_experts: int | None = None
 
 
 @dataclass
@@ -197,6 +211,10 @@ def generation_stats(timing: Timing, gauges: Gauges, now_s: float) -> Generation
         ram_used_bytes=gauges.ram_used_bytes,
         cache_slots=gauges.cache_slots,
         cache_slots_used=gauges.cache_slots_used,
+        disk_bytes=gained.disk_bytes,
+        disk_stall_s=gained.disk_stall_s,
+        ram_hit_rate=gained.ram_hit_rate,
+        ram_experts=gauges.ram_experts,
     )
 
 
@@ -306,6 +324,11 @@ class Panel:
             verdict="" if verdict is None else verdict.text,
             trial_tokens_per_s=None if verdict is None else verdict.pair,
             stall_s_by_layer=self._stalls(gauges, steps),
+            disk_bytes_per_s=recent.disk_bytes / span_s if span_s > 0 else 0.0,
+            disk_bytes_total=gauges.counters.disk_bytes,
+            disk_stall_s_per_token=decode.disk_stall_s / steps,
+            ram_hit_rate=recent.ram_hit_rate,
+            ram_experts=gauges.ram_experts,
         )
 
     def _stalls(self, gauges: Gauges, steps: int) -> tuple[float, ...]:

@@ -102,6 +102,7 @@ class StandInExecutor:
         self.look_ahead = False
         self.verdict = None
         self.stall_s_by_layer = (0.0,) * LAYERS
+        self.ram_experts = LAYERS * EXPERTS
         self.passes: list[int] = []
         self.prediction = True
         self.resets = 0

@@ -24,7 +24,7 @@ STATS = (
     "served_resident served_prefetch_in_time served_prefetch_late served_on_demand served_cpu "
     "link_bytes_on_demand link_bytes_prefetch_used link_bytes_prefetch_wasted link_bytes_per_s "
     "stall_s predictor_s predictor_recall predictor_precision vram_used_bytes ram_used_bytes "
-    "cache_slots cache_slots_used"
+    "cache_slots cache_slots_used disk_bytes disk_stall_s ram_hit_rate ram_experts"
 ).split()
 
 
