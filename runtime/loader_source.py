@@ -18,7 +18,7 @@ from runtime.adapter_recipes import Checkpoint, sort_checkpoint
 from runtime.adapter_text import eos_token_ids, open_tokenizer
 from runtime.gguf_files import GgufFiles, is_gguf
 from runtime.gguf_names import model_stem
-from runtime.quantized_tensors import fold
+from runtime.quantized_folding import fold
 from runtime.safetensors_files import SafetensorsFiles
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -21,9 +25,10 @@ from runtime.core import ExpertId
 from runtime.errors import ModelError, ModelFilesError, UnsupportedModelError
 from runtime.kernels import views
 from runtime.loader import LoadedModel, read_shape
+from runtime.quantized_folding import fold
 from runtime.quantized_schemes import quantisation_from
-from runtime.quantized_tensors import QuantisedTensor, fold
-from runtime.safetensors_files import SafetensorsFiles
+from runtime.quantized_tensors import QuantisedTensor
+from runtime.safetensors_files import SafetensorsFiles, TensorEntry
 from runtime.store_recipes import RecipeSource, bytes_in
 from runtime.weight_forms import dequantise, held
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
@@ -300,6 +305,33 @@ def test_quantised_tensors_that_do_not_fit_are_refused_by_name(
     with pytest.raises(expected, match=named) as refused:
         load(tmp_path)
     assert refused.value.next_step
+
+
+STORED = ("BF16", "F16", "F32", "F8_E4M3", "F8_E8M0", "I32", "I64", "I8", "U8")
+
+
+@pytest.mark.parametrize("name", FILE_FORMATS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape_and_dtype_is_folded_or_refused_and_never_crashes(
+    name: str, data: st.DataObject
+) -> None:
+    if name == "mxfp4":
+        packed = {"x_blocks": torch.empty(2, 8, 2, 16), "x_scales": torch.empty(2, 8, 2)}
+    else:
+        made, _ = FILE_FORMATS[name].pack(torch.Generator(), 48, 32)
+        packed = {f"x.{suffix}": tensor for suffix, tensor in made.items()}
+    dtypes = {torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32"}
+    table = {}
+    changed = data.draw(st.sampled_from(sorted(packed)))
+    for tensor, values in packed.items():
+        shape, stored = tuple(values.shape), dtypes.get(values.dtype, "U8")
+        if tensor == changed:
+            shape = tuple(data.draw(st.lists(st.integers(0, 50), max_size=4)))
+            stored = data.draw(st.sampled_from([stored, *STORED]))
+        table[tensor] = TensorEntry(tensor, 0, 0, math.prod(shape), stored, None, shape)
+    with contextlib.suppress(ModelError):
+        fold(table, quantisation_from(FILE_FORMATS[name].config))
 
 
 def test_a_config_that_describes_other_groups_than_the_files_is_refused(tmp_path: Path) -> None:
