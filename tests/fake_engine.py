@@ -243,6 +243,9 @@ class FakeEngine:
                 )
             else:
                 self._status = self._settled(model=request.model)
+                if request.experts != "as stored":
+                    remark = f"The {request.experts} experts are not kept: the disk is full."
+                    self._status = replace(self._status, remarks=(remark,))
                 self._policy = request.policy or self._policy
             self._sequence += 1
 

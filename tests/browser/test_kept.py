@@ -66,10 +66,23 @@ def test_the_precision_is_kept_and_the_list_deletes(
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 400
     assert small.evaluate(SIDEWAYS) == 0
+    small.get_by_label("Close settings").click()
+    small.locator("#load").click()
+    note = small.locator(".ps-note")
+    expect(note).to_contain_text("The int4 experts are not kept: the disk is full.", timeout=15_000)
+    expect(note).to_have_class("ps-note info")
+    note.get_by_label("Dismiss").click()
+    expect(note).to_have_count(0)
+    drawer = settings(small)
     last = drawer.locator("#set-kept li").get_by_role("button")
     last.click()
     last.click()
     expect(drawer.locator("#set-kept")).to_contain_text("None yet")
     drawer.get_by_label("As stored").check()
     small.wait_for_timeout(300)
+    small.get_by_label("Close settings").click()
+    small.locator("#load").click()
+    expect(small.locator(".ps-load")).to_be_visible()
+    expect(small.locator(".ps-load")).to_be_hidden(timeout=15_000)
+    expect(note).to_have_count(0)
     narrow.close()
