@@ -25,7 +25,7 @@ from runtime.gguf_blocks import FORMS, common_form, numbers_of, stacked, unpack,
 from runtime.gguf_files import logical_shape
 from runtime.safetensors_files import TensorEntry
 from runtime.store_recipes import Conversion, Encoding, LayerSource, Piece, Recipe
-from runtime.weight_forms import Codes, parts_of
+from runtime.weight_forms import Codes, form_for, parts_of
 
 _AGAIN = "Download the model again, or choose another one."
 _OTHER = "Choose a version of this model as safetensors."
@@ -229,7 +229,8 @@ def _entries(layer: MoeLayer, part: Part, tensors: Mapping[str, TensorEntry]) ->
 def _quantised(
     layer: MoeLayer, part: Part, entries: Sequence[TensorEntry]
 ) -> tuple[Matrix, list[Recipe]]:
-    form = common_form([entry.stored for entry in entries])
+    dtype: torch.dtype = getattr(torch, part.dtype)
+    form = form_for(common_form([entry.stored for entry in entries]), dtype)
     outputs, inputs = part.shape[::-1] if layer.math.transposed else part.shape
     matrix = Matrix(part.name, (outputs, inputs), form)
     kinds = tuple(entry.stored for entry in entries)

@@ -166,10 +166,9 @@ def _q8_0(blocks: Tensor) -> _Unpacked:
 
 
 def _mxfp4(blocks: Tensor) -> _Unpacked:
-    exponents = blocks[:, :1].double() - 127
-    # 255 stands for no number in the format's own definition of its scales.
-    scales = torch.where(exponents == 128, torch.nan, torch.exp2(exponents)).float()
-    return _nibbles(blocks[:, 1:]), scales, None
+    # 255 is no number as such a scale; the next power of two takes its place.
+    exponents = blocks[:, :1].clamp(max=254).double() - 127
+    return _nibbles(blocks[:, 1:]), torch.exp2(exponents).float(), None
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,7 @@ def test_bfloat16_is_computed_unless_the_file_is_float32(tmp_path: Path) -> None
 
 def test_a_recipe_reads_one_expert_and_can_be_run_again(tmp_path: Path) -> None:
     path = make_model("qwen3_moe", "Q4_K", "Q6_K").write(tmp_path / "m.gguf")
-    loaded = load(path)
+    loaded = load(path, dtype=torch.bfloat16)
     source = open_source(path)
     skeleton = build_skeleton(source.config, torch.bfloat16)
     layers = source.sort(skeleton, find_moe_layers(skeleton, torch.bfloat16)).sources

@@ -160,3 +160,16 @@ def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gguf_blocks, "_ROWS_ITEMS", 2 * COLUMNS)
     assert torch.equal(numbers_of("Q5_K", raw, COLUMNS, torch.bfloat16), whole)
     assert len(sizes) == 3
+
+
+def test_a_scale_that_is_no_number_becomes_the_next_power_of_two() -> None:
+    raw = raw_of("MXFP4")
+    raw[0] = 255
+    codes = unpack("MXFP4", raw, COLUMNS)
+    assert codes.scales[0, 0] == 2.0**127
+    assert torch.equal(codes.scales[0, 1:], unpack("MXFP4", raw_of("MXFP4"), COLUMNS).scales[0, 1:])
+    matrix = Matrix("m", (ROWS, COLUMNS), FORMS["MXFP4"])
+    layout = lay_out(parts_of(matrix), [matrix])
+    flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+    encode(codes, matrix, views(flat, layout))
+    assert torch.equal(held(matrix, views(flat, layout)).scales, codes.scales)
