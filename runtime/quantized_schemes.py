@@ -11,68 +11,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from runtime.errors import UnsupportedModelError
+from runtime.quantized_keys import SILENT_KEYS
 
-METHODS = ("awq", "compressed-tensors", "fp8", "gptq", "mxfp4")
+METHODS = ("auto-round", "awq", "compressed-tensors", "fp8", "gptq", "mxfp4")
 MAX_GROUP = 2**20
 _MAX_SCHEMES = 64
 _OTHER = "Choose a version of this model in bfloat16, FP8, MXFP4, AWQ, GPTQ or GGUF."
 
-# Keys that say how the weights were made, which of them, or how to run them: the tensors
-# themselves show which are quantised, and activations are never quantised here.
-_SILENT: dict[str, frozenset[str]] = {
-    "any": frozenset(("modules_to_not_convert", "quant_method", "version")),
-    "awq": frozenset(
-        (
-            "backend",
-            "do_fuse",
-            "exllama_config",
-            "fuse_max_seq_len",
-            "modules_to_fuse",
-        )
-    ),
-    "compressed-tensors": frozenset(
-        (
-            "global_compression_ratio",
-            "ignore",
-            "ignored_layers",
-            "kv_cache_scheme",
-            "quantization_status",
-        )
-    ),
-    "fp8": frozenset(("activation_scheme", "ignored_layers", "modules_to_convert")),
-    "gptq": frozenset(
-        (
-            "act_group_aware",
-            "backend",
-            "batch_size",
-            "block_name_to_quantize",
-            "cache_block_outputs",
-            "damp_auto_increment",
-            "damp_percent",
-            "dataset",
-            "exllama_config",
-            "lm_head",
-            "max_input_length",
-            "meta",
-            "model_file_base_name",
-            "model_name_or_path",
-            "model_seqlen",
-            "module_name_preceding_first_block",
-            "modules_in_block_to_quantize",
-            "mse",
-            "offload_to_disk",
-            "offload_to_disk_path",
-            "pad_token_id",
-            "quantizer",
-            "static_groups",
-            "tokenizer",
-            "true_sequential",
-            "use_cuda_fp16",
-            "use_exllama",
-        )
-    ),
-    "mxfp4": frozenset(("dequantize",)),
-}
 _PACKED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -114,6 +59,7 @@ def quantisation_from(record: object) -> Quantisation:
         named = repr(method)[:60] if method else "of an unnamed kind"
         raise UnsupportedModelError(f"Quantised weights ({named}) cannot be read.", _OTHER)
     read = {
+        "auto-round": _auto_round,
         "awq": _awq,
         "compressed-tensors": _compressed_tensors,
         "fp8": _fp8,
@@ -122,8 +68,38 @@ def quantisation_from(record: object) -> Quantisation:
     }[method]
     rest = dict(record)
     schemes = read(rest)
-    _nothing_else(rest, method, _SILENT["any"] | _SILENT[method])
+    _nothing_else(rest, method, SILENT_KEYS["any"] | SILENT_KEYS[method])
+    if method == "auto-round":
+        method = "awq" if _is_packed_as_awq(record) else "gptq"
     return Quantisation(method, schemes)
+
+
+def _auto_round(rest: dict[str, Any]) -> tuple[Scheme, ...]:
+    """AutoRound writes the layouts of others: the method becomes theirs."""
+    where = "auto-round"
+    awq = _is_packed_as_awq(rest)
+    layout = rest.pop("packing_format", None)
+    if layout not in ("auto_round:auto_awq", "auto_awq", "auto_round:auto_gptq", "auto_gptq"):
+        _refuse_value(where, "packing_format", layout, "only auto_gptq and auto_awq are read")
+    layers = rest.pop("extra_config", None) or {}
+    if not isinstance(layers, dict) or not all(map(_is_left_plain, layers.values())):
+        _refuse_value(where, "extra_config", layers, "layers with settings of their own")
+    _one_of(rest, where, "data_type", ("int",), "int")
+    _one_of(rest, where, "act_bits", (16, 32), 16)
+    # In the layout of GPTQ, numbers with zero points are packed in more than one way.
+    if _one_of(rest, where, "sym", (True, False), False) is False and not awq:
+        _refuse_value(where, "sym", False, "zero points are not read in this layout")
+    bits = _integer(rest, where, "bits", None, (4,) if awq else (4, 8))
+    return (Scheme(bits, columns=_group(rest, where), zeros=awq, zeros_less_one=not awq),)
+
+
+def _is_left_plain(layer: object) -> bool:
+    bits = layer.get("bits") if isinstance(layer, dict) else None
+    return isinstance(bits, int) and bits >= 16
+
+
+def _is_packed_as_awq(record: Mapping[str, Any]) -> bool:
+    return str(record.get("packing_format")).endswith("auto_awq")
 
 
 def _awq(rest: dict[str, Any]) -> tuple[Scheme, ...]:

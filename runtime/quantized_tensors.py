@@ -13,7 +13,7 @@ from runtime.safetensors_files import TensorEntry
 from runtime.weight_forms import Codes, dequantise
 
 _RAW_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8}
-_DEQUANTISE_ITEMS = 2**22
+_DEQUANTISE_ITEMS = 2**20
 
 
 @dataclass(frozen=True)

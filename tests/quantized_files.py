@@ -287,6 +287,18 @@ FILE_FORMATS: dict[str, FileFormat] = {
     "awq": FileFormat("qwen3_moe", AWQ_CONFIG, awq(16), "float16"),
     "awq rows": FileFormat("mixtral", AWQ_CONFIG | {"group_size": -1}, awq(0), "float16"),
     "gptq": FileFormat("qwen3_moe", gptq_config(), gptq(16), "float16"),
+    "gptq of auto-round": FileFormat(
+        "qwen3_moe",
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": 4,
+            "group_size": 16,
+            "sym": True,
+        },
+        gptq(16),
+        "float16",
+    ),
     "gptq, zeros": FileFormat(
         "qwen3_moe", gptq_config(sym=False), gptq(16, symmetric=False), "float16"
     ),

@@ -25,6 +25,16 @@ def group(**changes: Any) -> dict[str, Any]:
     return dict(record)
 
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "autoround_version": "0.9.0",
+    "block_name_to_quantize": "model.layers",
+}
 READ: list[tuple[dict[str, Any], Quantisation]] = [
     (FP8_CONFIG, Quantisation("fp8", (Scheme(8, True, 16, 16),))),
     ({"quant_method": "fp8"}, Quantisation("fp8", (Scheme(8, True, 128, 128),))),
@@ -52,6 +62,13 @@ READ: list[tuple[dict[str, Any], Quantisation]] = [
         Quantisation("gptq", (Scheme(4, columns=16, zeros_less_one=True),)),
     ),
     (INT4, Quantisation("compressed-tensors", (Scheme(4, columns=32),))),
+    (AUTO_ROUND, Quantisation("gptq", (Scheme(4, columns=128, zeros_less_one=True),))),
+    (
+        AUTO_ROUND
+        | {"packing_format": "auto_round:auto_awq", "sym": False}
+        | {"extra_config": {"model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"}}},
+        Quantisation("awq", (Scheme(4, columns=128, zeros=True),)),
+    ),
 ]
 REFUSED: list[tuple[Any, str]] = [
     ("fp8", "not an object"),
@@ -81,6 +98,14 @@ REFUSED: list[tuple[Any, str]] = [
     (gptq_config(checkpoint_format="marlin"), "marlin"),
     (gptq_config(is_marlin_format=True), "is_marlin_format"),
     (gptq_config(dynamic={"+:.*": {"bits": 8}}), "dynamic"),
+    (AUTO_ROUND | {"sym": False}, "sym = False"),
+    ({key: AUTO_ROUND[key] for key in AUTO_ROUND if key != "sym"}, "sym = False"),
+    (AUTO_ROUND | {"packing_format": None}, "packing_format = None"),
+    (AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"}, "packing_format"),
+    (AUTO_ROUND | {"data_type": "nv_fp"}, "data_type = nv_fp"),
+    (AUTO_ROUND | {"extra_config": {"a": {"bits": 8}}}, "extra_config"),
+    (AUTO_ROUND | {"extra_config": ["a"]}, "extra_config"),
+    (AUTO_ROUND | {"act_bits": 8}, "act_bits = 8"),
     (compressed("nvfp4-pack-quantized", group_size=16), "nvfp4-pack-quantized"),
     (compressed("marlin-24", group_size=16), "marlin-24"),
     (compressed("pack-quantized", group_size=16, num_bits=3), "num_bits = 3"),
@@ -118,7 +143,7 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
 )
-GOOD = [each.config for each in FILE_FORMATS.values()]
+GOOD = [AUTO_ROUND, *(each.config for each in FILE_FORMATS.values())]
 
 
 @given(st.data())
