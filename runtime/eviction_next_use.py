@@ -54,6 +54,8 @@ class ExpectedNextUse:
         self._half_lives = np.array(half_lives_tokens)
         self._one_token = np.exp2(-1.0 / self._half_lives)
         self._rates = np.array(shares) * (1.0 - self._one_token)
+        self._shares_up_to = np.cumsum(shares)
+        self._horizon = (0.0, self._rates)
         # Per layer: decayed counts [scales, experts], and 0 for residents, inf for the others.
         self._counts = [np.zeros((len(self._half_lives), 1)) for _ in range(layers)]
         self._absent = [np.full(1, math.inf) for _ in range(layers)]
@@ -135,6 +137,22 @@ class ExpectedNextUse:
             rate = float((self._counts[expert.layer][:, expert.expert] * self._rates).sum())
         waits = self._wait_passes[layer, expert.layer]
         return float(1.0 - waits - 1.0 / min(max(rate, RAREST), 1.0))
+
+    def uses(self, expert: ExpertId, passes: float) -> float:
+        """Return in how many of the next `passes` passes the expert is expected to be used.
+
+        What it was used more, or less, over a short scale than over the next longer one dies away
+        with the short one's half-life: who was used just now will not go on at that rate.
+        """
+        if expert.expert >= len(self._absent[expert.layer]):
+            return 0.0
+        if self._horizon[0] != passes:
+            lasts = (1.0 - self._one_token**passes) / (1.0 - self._one_token)
+            lasts[-1] = passes
+            weights = np.diff(self._shares_up_to * lasts, prepend=0.0) * (1.0 - self._one_token)
+            self._horizon = (passes, weights)
+        counts = self._counts[expert.layer][:, expert.expert]
+        return float((counts * self._horizon[1]).sum())
 
     def _per_scale(self, weight: float) -> Floats:
         """Return the decayed counts that uses of a recency weight stand for, [scales].

@@ -44,8 +44,10 @@ class Oracle(PreScope):
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         return self._future.next_use(wish.expert) < self._future.next_use(victim)
 
-    def _lasting(self, expert: ExpertId, moment: Moment) -> float:
-        return 0.0 if self._future.next_use(expert) == NEVER else 1.0
+    def _lasting(self, expert: ExpertId) -> float:
+        mine, victim = self._future.next_use(expert), self._value.victim
+        theirs = NEVER if victim is None else self._future.next_use(victim)
+        return 1.0 if mine < theirs else 0.0
 
     def _truth(self, layer: int) -> tuple[Prediction, ...]:
         layers = self._passes[self._pass].layers

@@ -4,13 +4,13 @@ After PreScope (arXiv 2509.23638) and what engines have measured since. Misses a
 link and CPU by least makespan, a fetched expert counting for what it is worth later as well. What
 is foreseen for the next two layers is protected from eviction, and copied ahead where a copy is
 worth more than what it displaces and what it costs the CPU, which shares host memory with the
-link. What the CPU computed is brought in while the link is idle, if it will be used again sooner
-than what it displaces.
+link. Where the CPU works most of the time and a copy beside it costs it more than a guess can
+bring, an idle link brings in what the CPU computed and will be used more often than what it
+displaces.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,16 +19,16 @@ from runtime.calibration import Calibration
 from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
 from runtime.eviction import make_eviction
-from runtime.eviction_frequency import HALF_LIFE_TOKENS
 from runtime.policy import Moment, PolicySetup, Routed, Wish
+from runtime.policy_slot_value import SlotValue
 from runtime.policy_windows import Averages, Turnover, Window
 from runtime.rails import Rails
 from runtime.scheduler import Costs, Miss, MissPlan, split_least_makespan
 from runtime.trace import Guess, Prediction
 
 KEPT_CANDIDATES = 32
-USE_SHARE = 1.0 - 2.0 ** (-1.0 / HALF_LIFE_TOKENS)
-"""What one use adds to an estimated rate of use per pass."""
+WHENEVER_S = 1e3
+"""The deadline of a copy that no layer waits for: behind all that some layer does."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,24 @@ class PreScopeSettings:
     """The parts that can be switched off one at a time, for ablation, and what they go by.
 
     `bonus` weighs what a fetched expert is worth later against this layer's end;
-    `protected_from` is the probability of use from which a resident expert is kept;
-    `hold_margin` is how much more a copy must bring than it costs the CPU beside it; with the
-    link taken by demands for more than `busy_link` of the time nothing is copied ahead.
+    `protected_from` is the probability of use from which a resident expert is kept; a copy for a
+    layer to come needs `least_use` beyond what it displaces, because it empties a slot before it
+    fills it; `margin` is how much more a copy must bring than it costs the CPU beside it. `check`
+    multiplies what slots are worth by how much of it came true before.
     """
 
     eviction: str = "expected-next-use"
     prefetch: bool = True
-    admit: bool = False
+    admit: bool = True
     protect: bool = True
+    check: bool = True
     lookahead: int = 2
     constants: bool = True
     longest_stay: float = 32.0
-    bonus: float = 0.1
-    protected_from: float = 0.25
-    hold_margin: float = 1.3
-    busy_link: float = 0.8
-    doubt: float = 1.0
+    bonus: float = 0.5
+    protected_from: float = 0.15
+    least_use: float = 0.3
+    margin: float = 1.3
 
 
 class PreScope:
@@ -68,7 +69,7 @@ class PreScope:
         self.look_ahead = FULL
         self._rails = Rails(setup.costs)
         self._setup = setup
-        self._round = (setup.layers - 1) / setup.layers
+        self._value = SlotValue(self.eviction, setup.experts, self.settings.check)
         self._calibration = Calibration()
         self._soon: dict[int, dict[int, float]] = {}
         self._averages = Averages()
@@ -78,12 +79,15 @@ class PreScope:
         self._cpu_work_bytes = 0.0
         self._moved = (0, 0.0)
         self._turnover = Turnover(setup.slots, self.settings.longest_stay)
-        self._victim_rate = 0.0
+        self._admitting: ExpertId | None = None
         self._missed: dict[ExpertId, None] = {}
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
         self._turnover.end_pass()
+        self._value.passes = self._turnover.stay_passes
+        if not moment.prompt:
+            self._value.end_pass()
         self._rails.end_pass()
         self._foresee(predictions)
         return self._ahead(-1, self._after_layer(moment), moment)
@@ -92,11 +96,14 @@ class PreScope:
         self._routed_s = moment.now_s
         chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
         self._calibration.learn(routed.layer, chosen)
+        self._value.used(routed.layer, chosen, moment.token, moment.prompt)
+        if routed.misses:
+            self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
         busy_s = sum(self.costs.device_s(size, hit.tokens) for hit in routed.hits)
         plan = self._split(routed, moment, size, busy_s)
         tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
-        _, self._cpu_s = self._duration(plan, tokens, size, 0.0, busy_s)
+        _, self._cpu_s = self._duration(plan, (), tokens, size, 0.0, busy_s)
         work = (self.costs.cpu_work_bytes(size, tokens[number]) for number in plan.cpu)
         self._cpu_work_bytes = sum(work)
         for number in plan.cpu:
@@ -105,7 +112,8 @@ class PreScope:
         while len(self._missed) > KEPT_CANDIDATES:
             self._missed.pop(next(iter(self._missed)))
         self._turnover.admitted += len(plan.load)
-        self._plan = replace(plan, hold=bool(plan.cpu) and self._holds())
+        hold = bool(plan.cpu) and self._holds() and not self._admits(moment)
+        self._plan = replace(plan, hold=hold)
         return self._plan
 
     def beside(
@@ -133,9 +141,13 @@ class PreScope:
             len(self._plan.load) * self._setup.layer_bytes[layer] / self.costs.link_bytes_per_s
         )
         self._averages.add(moment.now_s, self._routed_s, self._cpu_s, moved_s, missed)
-        if moment.queue.unstarted:
+        under_way = self._admits(moment)
+        if moment.queue.unstarted - {self._admitting}:
             return ()  # there are wishes enough
-        return self._ahead(layer, self._after_layer(moment), moment)
+        wishes = self._ahead(layer, self._after_layer(moment), moment)
+        if not wishes and not under_way and self.look_ahead and not moment.prompt:
+            wishes += self._admission(moment)
+        return wishes
 
     @property
     def costs(self) -> Costs:
@@ -161,12 +173,11 @@ class PreScope:
         return use >= self.settings.protected_from
 
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
-        theirs = self._rate(victim, moment)
-        self._victim_rate += 0.05 * (theirs - self._victim_rate)
-        stay = self._turnover.stay_passes
-        mine = self._rate(wish.expert, moment)
-        if wish.use + stay * (mine - self._upper(theirs)) <= 0.0:
+        least = 0.0 if wish.stays else self.settings.least_use
+        if wish.use + self._value.saved(wish.expert, victim) <= least:
             return False
+        if wish.stays:
+            self._value.watch_pair(wish.expert, victim)
         self._turnover.admitted += 1
         return True
 
@@ -176,29 +187,34 @@ class PreScope:
         """Try how many of the coming experts to wait for; the rest and the misses are split."""
         layer = routed.layer
         costs = self.costs if self.settings.constants else self.costs.without_constants()
-        # A free slot is filled at no one's expense.
-        saved_s = self._saved_s(layer) * (1.0 if moment.free_slots else self.settings.bonus)
-
-        def worth(expert: int) -> float:
-            return self.eviction.worth(ExpertId(layer, expert), moment.token, layer)
+        saved_s = self._saved_s(layer) * self.settings.bonus
+        lasting = {m.expert: self._lasting(ExpertId(layer, m.expert)) for m in routed.misses}
 
         def bonus_s(expert: int) -> float:
-            return max(0.0, self._lasting(ExpertId(layer, expert), moment)) * saved_s
+            return max(0.0, lasting[expert]) * saved_s
+
+        def device_s(tokens: int) -> float:
+            return costs.device_s(size, tokens)
+
+        def split(ahead_s: float) -> MissPlan:
+            worth = lasting.__getitem__
+            rest = (ahead_s, busy_s, worth, bonus_s, device_s)
+            return split_least_makespan(routed.misses, size, costs, *rest)
 
         if not routed.coming:
-            ahead_s = self._ahead_s((), layer, moment)
-            return split_least_makespan(routed.misses, size, costs, ahead_s, busy_s, worth, bonus_s)
+            return split(self._ahead_s((), layer, moment))
         tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
         left = moment.queue.left_bytes
         coming = sorted(routed.coming, key=lambda m: left.get(ExpertId(layer, m.expert), 0))
         best, best_s = MissPlan((), ()), float("inf")
         for awaited in range(len(coming), -1, -1):
             ahead_s = self._ahead_s(coming[:awaited], layer, moment)
-            plan = split_least_makespan(routed.misses, size, costs, ahead_s, busy_s, worth, bonus_s)
+            plan = split(ahead_s)
             given_up = tuple(miss.expert for miss in coming[awaited:])
             plan = replace(plan, cpu=(*plan.cpu, *given_up))
             waits_s = ahead_s if awaited else 0.0
-            total_s, _ = self._duration(plan, tokens, size, waits_s, busy_s)
+            kept = [miss.expert for miss in coming[:awaited]]
+            total_s, _ = self._duration(plan, kept, tokens, size, waits_s, busy_s)
             if total_s < best_s:
                 best, best_s = plan, total_s
         return best
@@ -207,9 +223,21 @@ class PreScope:
         """Say whether copies ahead should wait while the CPU computes: what they cost it is
         more than what they bring."""
         costs = self.costs
-        slower = 1.0 - costs.cpu_bytes_per_s_while_copying / costs.cpu_bytes_per_s
         brings = min(1.0, costs.link_bytes_per_s / costs.cpu_bytes_per_s)
-        return brings < self.settings.hold_margin * slower
+        return brings < self.settings.margin * self._slower
+
+    def _compare_with_victim(self, routed: Routed, moment: Moment) -> None:
+        """Find out who would go for a miss of this layer, and whether that will have been right."""
+
+        def may_go(expert: ExpertId) -> bool:
+            return expert.layer != routed.layer and not self.protects(expert)
+
+        victim = None
+        if not moment.free_slots:
+            victim = self.eviction.victim(may_go, moment.token, routed.layer)
+        self._value.replaces(victim)
+        if not moment.prompt:
+            self._value.watch(routed.layer, [miss.expert for miss in routed.misses])
 
     # What is copied ahead.
 
@@ -232,27 +260,26 @@ class PreScope:
     ) -> list[Wish]:
         """Choose copies in the order of their deadlines, as long as each is worth its price."""
         wishes: list[Wish] = []
-        busy = self._averages.link_share > self.settings.busy_link and not moment.prompt
-        if not self.look_ahead or busy:
+        if not self.look_ahead:
             return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
-        slower = 1.0 - self.costs.cpu_bytes_per_s_while_copying / self.costs.cpu_bytes_per_s
-        holds, admits = self._holds(), self.settings.admit or moment.free_slots > 0
+        holds, slower = self._holds(), self._slower
         for expert, use, deadline_s in self._candidates(layer, window, moment):
-            if at_s >= window.second_s:
-                break
+            if at_s >= deadline_s:
+                continue
             copy_s = self._setup.layer_bytes[expert.layer] / self.costs.link_bytes_per_s
+            price_s = 0.0
             if holds:
-                lands_s, price_s = window.lands_held_s(at_s, copy_s), 0.0
+                lands_s = window.lands_held_s(at_s, copy_s)
             else:
-                lands_s = at_s + copy_s
+                # A copy for the next layer goes on when that is routed: it is waited for then.
+                next_one = deadline_s == window.next_s
+                lands_s = at_s + copy_s if next_one else window.lands_s(at_s, copy_s)
                 price_s = slower * window.beside_cpu_s(at_s, lands_s)
             saved_s = self._saved_s(expert.layer)
             in_time = max(0.0, 1.0 - max(0.0, lands_s - deadline_s) / saved_s)
-            if not in_time and not admits:
-                continue
-            uses = use * in_time + self._lasting(expert, moment)
-            if uses * saved_s > price_s:
+            uses = use * in_time + self._lasting(expert)
+            if in_time and uses * saved_s > self.settings.margin * price_s:
                 wishes.append(Wish(expert, deadline_s, use))
                 at_s = lands_s
         return wishes
@@ -261,37 +288,60 @@ class PreScope:
         self, layer: int, window: Window, moment: Moment
     ) -> Iterator[tuple[ExpertId, float, float]]:
         """Yield (expert, how likely it is used, by when) that have no slot."""
-        if self.settings.prefetch:
-            for ahead, deadline_s in ((1, window.next_s), (2, window.second_s)):
-                soon = self._soon.get(layer + ahead)
-                if not soon:
-                    continue
-                for number, use in sorted(soon.items(), key=lambda item: -item[1]):
-                    expert = ExpertId(layer + ahead, number)
-                    if not moment.holds(expert):
-                        yield expert, use, deadline_s
-        if self.settings.admit or moment.free_slots:
-            for expert in reversed(list(self._missed)):
-                if moment.holds(expert):
-                    del self._missed[expert]
-                else:
-                    yield expert, 0.0, window.second_s
+        if not self.settings.prefetch:
+            return
+        for ahead, deadline_s in ((1, window.next_s), (2, window.second_s)):
+            soon = self._soon.get(layer + ahead)
+            if not soon:
+                continue
+            for number, use in sorted(soon.items(), key=lambda item: -item[1]):
+                expert = ExpertId(layer + ahead, number)
+                if not moment.holds(expert):
+                    yield expert, use, deadline_s
 
-    def _lasting(self, expert: ExpertId, moment: Moment) -> float:
-        """Uses that a slot will save later, beyond those of whom it displaces."""
-        theirs = self._upper(self._victim_rate)
-        return self._turnover.stay_passes * (self._rate(expert, moment) - theirs)
+    # What is brought in because it will be used again.
 
-    def _upper(self, rate: float) -> float:
-        """Return a rate that the victim's true one hardly exceeds: rates are decayed counts, so
-        their variance is their mean times the weight of one use."""
-        return rate + self.settings.doubt * math.sqrt(rate * USE_SHARE)
+    def _admits(self, moment: Moment) -> bool:
+        """Say whether such a copy is under way."""
+        expert, queue = self._admitting, moment.queue
+        if expert not in queue.left_bytes and expert not in queue.unstarted:
+            self._admitting = None
+        return self._admitting is not None
 
-    def _rate(self, expert: ExpertId, moment: Moment) -> float:
-        """Return uses per pass. Worth is minus the passes to the next use, seen from the end of
-        the expert's own layer: the way round to that layer is not a lack of use."""
-        worth = self.eviction.worth(expert, moment.token, expert.layer)
-        return 1.0 / max(1.0, 1.0 - worth - self._round)
+    def _admission(self, moment: Moment) -> list[Wish]:
+        """Choose who of those that the CPU computed is worth a copy most, if anybody is.
+
+        Only where copies ahead wait for the CPU to pause, and so leave most of the link unused.
+        While it is under way its slot is empty and the CPU slower.
+        """
+        averages, costs = self._averages, self.costs
+        if not (self.settings.admit and averages.period_s and self._holds()):
+            return []
+        if not self._value.checked:
+            return []
+        for expert in [each for each in self._missed if moment.holds(each)]:
+            del self._missed[expert]
+        found = max(self._missed, key=self._lasting, default=None)
+        if found is None:
+            return []
+        copy_s = self._setup.layer_bytes[found.layer] / costs.link_bytes_per_s
+        pass_s = averages.period_s * self._setup.layers
+        free = max(0.1, 1.0 - averages.link_share)
+        uses = self._lasting(found) - self._value.lost(copy_s / free / pass_s)
+        price_s = self._slower * copy_s * min(1.0, averages.cpu_s / averages.period_s)
+        if uses * self._saved_s(found.layer) <= self.settings.margin * price_s:
+            return []
+        self._admitting = found
+        return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]
+
+    def _lasting(self, expert: ExpertId) -> float:
+        """Return the uses that a slot will save, beyond those of whom it displaces."""
+        return self._value.saved(expert)
+
+    @property
+    def _slower(self) -> float:
+        """How much of its rate the CPU loses while the link copies."""
+        return 1.0 - self.costs.cpu_bytes_per_s_while_copying / self.costs.cpu_bytes_per_s
 
     def _saved_s(self, layer: int) -> float:
         """Seconds that one miss less saves a layer with the usual number of misses."""
@@ -312,11 +362,16 @@ class PreScope:
         dense_s = costs.dense_s(moment.tokens)
         next_s = max(end_s + costs.host_layer_s, device_free_s) + dense_s
         second_s = next_s + averages.layer_s + costs.host_layer_s + dense_s
-        return Window(moment.now_s, cpu_until_s, next_s, next_s + averages.cpu_s, second_s)
+        next_cpu_s, next_link_s = next_s + averages.cpu_s, next_s + averages.demanded_s
+        return Window(moment.now_s, cpu_until_s, next_s, next_cpu_s, next_link_s, second_s)
 
     def _link_free_s(self, moment: Moment) -> float:
-        queued_s = moment.queue.backlog_bytes / self.costs.link_bytes_per_s
-        return max(moment.now_s, moment.queue.stream_free_s) + queued_s
+        queue, queued_bytes = moment.queue, moment.queue.backlog_bytes
+        if self._admits(moment) and self._admitting is not None:
+            size = self._setup.layer_bytes[self._admitting.layer]
+            queued_bytes -= queue.left_bytes.get(self._admitting, size)  # others go first
+        queued_s = queued_bytes / self.costs.link_bytes_per_s
+        return max(moment.now_s, queue.stream_free_s) + queued_s
 
     def _ahead_s(self, awaited: Sequence[Miss], layer: int, moment: Moment) -> float:
         """Seconds until the link has moved what is demanded of it already."""
@@ -326,9 +381,18 @@ class PreScope:
         return max(0.0, queue.stream_free_s - moment.now_s) + queued_s
 
     def _duration(
-        self, plan: MissPlan, tokens: dict[int, int], size: int, ahead_s: float, busy_s: float
+        self,
+        plan: MissPlan,
+        awaited: Sequence[int],
+        tokens: dict[int, int],
+        size: int,
+        ahead_s: float,
+        busy_s: float,
     ) -> tuple[float, float]:
-        """Return how long a layer takes with this plan, and its CPU work alone, in seconds."""
+        """Return how long a layer takes with this plan, and its CPU work alone, in seconds.
+
+        `awaited` are experts on the link already, which the device computes as well.
+        """
         costs = self.costs
         link_s = costs.link_s(size, len(plan.load), ahead_s) if plan.load else ahead_s
         cpu_s = 0.0
@@ -337,4 +401,6 @@ class PreScope:
             shared = min(work, link_s * costs.cpu_bytes_per_s_while_copying)
             cpu_s = costs.cpu_call_s + shared / costs.cpu_bytes_per_s_while_copying
             cpu_s += (work - shared) / costs.cpu_bytes_per_s
-        return max(link_s, cpu_s, busy_s), cpu_s
+        landing_s = [costs.device_s(size, tokens[e]) for e in (*awaited, *plan.load)]
+        last_s = landing_s[-1] if landing_s else 0.0
+        return max(link_s + last_s, max(cpu_s, busy_s) + sum(landing_s)), cpu_s

@@ -62,14 +62,23 @@ class Window:
     """From now to the routing of the layer after next.
 
     The CPU computes experts until `cpu_until_s`, and again from `next_s`, when the next layer is
-    routed, until `next_cpu_until_s`; the layer after it is routed at `second_s`.
+    routed, until `next_cpu_until_s`; the layer after it is routed at `second_s`. From `next_s`
+    until `next_link_until_s` the link moves what the next layer demands.
     """
 
     now_s: float
     cpu_until_s: float
     next_s: float
     next_cpu_until_s: float
+    next_link_until_s: float
     second_s: float
+
+    def lands_s(self, begin_s: float, copy_s: float) -> float:
+        """Return when a copy lands that lets the next layer's demands go first."""
+        before_s = max(0.0, min(copy_s, self.next_s - begin_s))
+        if before_s == copy_s:
+            return begin_s + copy_s
+        return max(begin_s, self.next_link_until_s) + copy_s - before_s
 
     def beside_cpu_s(self, begin_s: float, end_s: float) -> float:
         """Seconds of a copy from `begin_s` to `end_s` during which the CPU works as well."""

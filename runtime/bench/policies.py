@@ -54,11 +54,13 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
 
         return {"live": run_live(options, say)}
     cells = _chosen(options)
+    seed = options.seed or 0
     if options.ablate:
-        return _ablate(cells, options.jobs, say)
-    found = run_cells(cells, run_cell, options.jobs, say)
+        return _ablate(cells, seed, options.jobs, say)
+    found = run_cells(cells, partial(run_cell, seed=seed), options.jobs, say)
     figures = summary(found)
     result: dict[str, Any] = {
+        "seed": seed,
         "cells": rows(found),
         "summary": figures,
         "targets": targets(figures),
@@ -135,10 +137,13 @@ def _chosen(options: argparse.Namespace) -> list[Cell]:
     return by_hash(cells)[: options.cells]
 
 
-def _ablate(cells: Sequence[Cell], jobs: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _ablate(
+    cells: Sequence[Cell], seed: int, jobs: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Run `prescope` as it is and without each part; report what is left of its speed."""
     variants: Mapping[str, Settings] = {"": {}, **ABLATIONS}
-    found = run_cells(cells, partial(run_variants, policy=OURS, variants=variants), jobs, say)
+    work = partial(run_variants, policy=OURS, variants=variants, seed=seed)
+    found = run_cells(cells, work, jobs, say)
     speeds = {name: [cell[name].tokens_per_s for cell in found] for name in variants}
     whole = speeds.pop("")
     phases = [cell.phase for cell in cells]
@@ -156,4 +161,4 @@ def _ablate(cells: Sequence[Cell], jobs: int, say: Callable[[str], None]) -> dic
             "min": min(ratios),
             "max": max(ratios),
         }
-    return {"ablation": ablation, "cell_count": len(cells)}
+    return {"ablation": ablation, "cell_count": len(cells), "seed": seed}

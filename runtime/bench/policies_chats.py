@@ -25,6 +25,8 @@ from runtime.trace import ForwardPass
 
 SIMULATED_LAYERS = 12
 EARLIER_SEED, MEASURED_SEED = 1, 2
+SEED_STRIDE = 10_000
+"""From one draw of all chats to the next: `--seed N` is the N-th after the one that is reported."""
 PROMPT_TOKENS_PER_PASS = 2048
 PROMPT_CHUNK = 512
 DECODE_PROMPT_TOKENS = 512
@@ -68,13 +70,17 @@ class Session:
         return self.passes[self.warm :]
 
 
-def session_of(cell: Cell) -> Session:
-    """Generate the chats of a cell."""
+def session_of(cell: Cell, seed: int = 0) -> Session:
+    """Generate the chats of a cell; another seed gives other chats with the same model."""
     statistics = STATISTICS[MODELS[cell.model].routing]
     lengths = LENGTHS[cell.batch]
     layers = min(SIMULATED_LAYERS, statistics.layers)
     earlier = synthetic_trace(
-        statistics, seed=EARLIER_SEED, passes=lengths.earlier, batch=cell.batch, layers=layers
+        statistics,
+        seed=EARLIER_SEED + SEED_STRIDE * seed,
+        passes=lengths.earlier,
+        batch=cell.batch,
+        layers=layers,
     )
     if cell.phase == "decode":
         prompt = max(1, DECODE_PROMPT_TOKENS // cell.batch)
@@ -84,7 +90,7 @@ def session_of(cell: Cell) -> Session:
         prompt, decoded = PREFILL_CHUNKS * chunk, 0
     measured = synthetic_trace(
         statistics,
-        seed=MEASURED_SEED,
+        seed=MEASURED_SEED + SEED_STRIDE * seed,
         passes=decoded,
         batch=cell.batch,
         prompt_tokens=prompt,
@@ -97,7 +103,7 @@ def session_of(cell: Cell) -> Session:
 
 
 @lru_cache(maxsize=32)
-def collected(routing: str, batch: int) -> Collection:
+def collected(routing: str, batch: int, seed: int = 0) -> Collection:
     """Return MoE-Infinity's collection after other chats with the same model."""
     statistics = STATISTICS[routing]
     layers = min(SIMULATED_LAYERS, statistics.layers)
@@ -105,7 +111,7 @@ def collected(routing: str, batch: int) -> Collection:
     for number in range(COLLECTED[batch]):
         chat = synthetic_trace(
             statistics,
-            seed=COLLECTED_SEED + number,
+            seed=COLLECTED_SEED + number + SEED_STRIDE * seed,
             passes=COLLECTED_PASSES[batch],
             batch=batch,
             prompt_tokens=max(2, COLLECTED_PROMPT_TOKENS // batch),
@@ -121,9 +127,11 @@ def collected(routing: str, batch: int) -> Collection:
     return collection
 
 
-def preloaded(routing: str, batch: int, slots: int, by_layer: bool) -> list[ExpertId]:
+def preloaded(
+    routing: str, batch: int, slots: int, by_layer: bool, seed: int = 0
+) -> list[ExpertId]:
     """Return what `slots` slots hold at first: the first layers' experts, or the most used."""
-    collection = collected(routing, batch)
+    collection = collected(routing, batch, seed)
     layers, experts = collection.rows // 2, collection.experts
     use = np.zeros(layers * experts)
     for index in range(0 if by_layer else len(collection)):

@@ -82,13 +82,15 @@ class CellResults:
     results: Mapping[str, Result]
 
 
-def run_cell(cell: Cell) -> CellResults:
+def run_cell(cell: Cell, seed: int = 0) -> CellResults:
     """Run every policy in a cell, with each of its settings; keep each policy's best.
+
+    `seed` draws the chats.
 
     Raises:
         BoundError: a policy was faster than the bound.
     """
-    bench = _Bench(cell)
+    bench = _Bench(cell, seed)
     results = {
         name: max((bench.run(name, s) for s in choices), key=lambda result: result.tokens_per_s)
         for name, choices in {**RIVALS, **PRESCOPE}.items()
@@ -97,21 +99,23 @@ def run_cell(cell: Cell) -> CellResults:
     return CellResults(cell, bench.bound_tokens_per_s, results)
 
 
-def run_variants(cell: Cell, policy: str, variants: Mapping[str, Settings]) -> dict[str, Result]:
+def run_variants(
+    cell: Cell, policy: str, variants: Mapping[str, Settings], seed: int = 0
+) -> dict[str, Result]:
     """Run one policy in a cell with several settings; return the results by the settings' names.
 
     Raises:
         BoundError: one was faster than the bound.
     """
-    bench = _Bench(cell)
+    bench = _Bench(cell, seed)
     return {name: bench.run(policy, settings) for name, settings in variants.items()}
 
 
 class _Bench:
     """One cell's machine, model and chats, on which policies are run one after another."""
 
-    def __init__(self, cell: Cell) -> None:
-        model, session = MODELS[cell.model], session_of(cell)
+    def __init__(self, cell: Cell, seed: int) -> None:
+        model, session = MODELS[cell.model], session_of(cell, seed)
         self._cell = cell
         layers = len(session.experts)
         self._session = session
@@ -126,9 +130,9 @@ class _Bench:
             max(session.top_k, round(cell.residency * sum(session.experts))),
             Costs.of(self._profile),
         )
-        self._collected = collected(model.routing, cell.batch)
+        self._collected = collected(model.routing, cell.batch, seed)
         self._preload = {
-            by_layer: preloaded(model.routing, cell.batch, self._setup.slots, by_layer)
+            by_layer: preloaded(model.routing, cell.batch, self._setup.slots, by_layer, seed)
             for by_layer in (False, True)
         }
         self._predictor_bytes = model.lookahead_bytes

@@ -1,0 +1,105 @@
+"""What a slot is worth to an expert: uses it is expected to save, checked against what came.
+
+Estimates of use are hopes: with a model that routes almost at random, the expert that was just
+used is no more likely to be used next than another. So every miss is compared with the victim it
+would have: some passes later the uses of both are counted, and by how much the estimated
+difference came true is what later differences are multiplied by. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from runtime.core import ExpertId
+from runtime.eviction import Eviction
+from runtime.eviction_next_use import ExpectedNextUse
+
+CHECK_PASSES = 8
+CHECKS_PER_LAYER = 8
+HALF_TRUSTED = 40.0
+FORGET_AT = 4000.0
+MOST_TRUST = 1.5
+
+
+class SlotValue:
+    """Estimates uses saved by a slot over the next `passes` passes, which its owner sets.
+
+    `eviction` is asked who would go. Uses are estimated by the same counts where it keeps them,
+    else by counts of its own. With `check` off estimates are believed as they are.
+    """
+
+    def __init__(self, eviction: Eviction, experts: Sequence[int], check: bool = True) -> None:
+        self.passes = 1.0
+        self.victim: ExpertId | None = None
+        self._own = not isinstance(eviction, ExpectedNextUse)
+        self._counts = (
+            eviction if isinstance(eviction, ExpectedNextUse) else ExpectedNextUse(len(experts))
+        )
+        self._check = check
+        self._victim_uses = 0.0
+        self._used = [[0] * count for count in experts]
+        self._open: deque[tuple[int, ExpertId, int, ExpertId, int, float]] = deque()
+        self._pass = 0
+        self._matched, self._squared = HALF_TRUSTED / 2, HALF_TRUSTED
+
+    @property
+    def checked(self) -> bool:
+        """Whether estimates have been held against what came, if they are to be."""
+        return not self._check or self._squared > HALF_TRUSTED
+
+    @property
+    def trust(self) -> float:
+        """How much of an estimated difference came true: least squares through the origin."""
+        if not self._check:
+            return 1.0
+        return max(0.0, min(MOST_TRUST, self._matched / self._squared))
+
+    def used(self, layer: int, experts: Iterable[int], token: float, prompt: bool) -> None:
+        """Note what a layer's router chose."""
+        used = self._used[layer]
+        for number in experts:
+            used[number] += 1
+            if self._own and not prompt:
+                self._counts.used(ExpertId(layer, number), token)
+
+    def replaces(self, victim: ExpertId | None) -> None:
+        """Compare with this expert from now on; None stands for a free slot."""
+        self.victim = victim
+        self._victim_uses = 0.0 if victim is None else self._counts.uses(victim, self.passes)
+
+    def watch(self, layer: int, missed: Sequence[int]) -> None:
+        """Remember the first of these misses beside the victim, to count both's uses later."""
+        victim = self.victim
+        if victim is None or not self._check:
+            return
+        for number in missed[:CHECKS_PER_LAYER]:
+            self.watch_pair(ExpertId(layer, number), victim)
+
+    def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
+        """Remember an expert beside its victim, to count both's uses later."""
+        more = self._counts.uses(expert, CHECK_PASSES) - self._counts.uses(victim, CHECK_PASSES)
+        here = self._used[expert.layer][expert.expert]
+        seen = self._used[victim.layer][victim.expert]
+        self._open.append((self._pass, expert, here, victim, seen, more))
+
+    def end_pass(self) -> None:
+        """A decode pass is over: close what has been watched long enough."""
+        self._pass += 1
+        while self._open and self._pass - self._open[0][0] >= CHECK_PASSES:
+            _, expert, here, victim, seen, more = self._open.popleft()
+            came = self._used[expert.layer][expert.expert] - here
+            came -= self._used[victim.layer][victim.expert] - seen
+            self._matched += more * came
+            self._squared += more * more
+        if self._squared > FORGET_AT:
+            self._matched, self._squared = self._matched / 2, self._squared / 2
+
+    def saved(self, expert: ExpertId, victim: ExpertId | None = None) -> float:
+        """Return the uses that a slot saves `expert` beyond those it costs the victim."""
+        theirs = self._victim_uses if victim is None else self._counts.uses(victim, self.passes)
+        return self.trust * (self._counts.uses(expert, self.passes) - theirs)
+
+    def lost(self, passes: float) -> float:
+        """Return the uses that the victim misses within so few passes."""
+        return self._victim_uses * min(1.0, passes / self.passes)
