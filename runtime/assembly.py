@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runtime.config import DEFAULT_MODEL, data_dir, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
-from runtime.errors import UnsupportedModelError
+from runtime.errors import MemoryPlanError, UnsupportedModelError
 from runtime.expert_file_header import FOLDER as EXPERTS_FOLDER
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from runtime.core import HardwareProfile, ModelShape, PolicyName
+    from runtime.core import HardwareProfile, MemoryPlan, ModelShape, PolicyName
     from runtime.engine import Engine
+    from runtime.executor import Executor
     from runtime.hot_experts import HotExperts
     from runtime.loader import LoadedModel
     from runtime.predictor_open import LearningPredictor
@@ -44,11 +45,14 @@ def assemble(
     publish: Callable[[TelemetrySnapshot], None] = lambda snapshot: None,
     virtual_clock: bool = False,
     data: Path | None = None,
+    beside: bool = False,
 ) -> Engine:
     """Load a model as asked and return its engine; on failure everything is given back.
 
-    `virtual_clock` lets an emulated card run on modelled time alone. `data` is the data folder in
-    place of the usual one.
+    Where memory runs out although the plan fitted, everything is given back and a smaller plan is
+    tried; the engine's remarks say so. `virtual_clock` lets an emulated card run on modelled time
+    alone. `data` is the data folder, the system's own unless given. `beside` says that another
+    engine keeps its memory meanwhile: then nothing is given up for lack of it.
 
     Raises:
         ModelError, MemoryPlanError, ConfigError: the request cannot be carried out.
@@ -58,6 +62,86 @@ def assemble(
     import psutil
     import torch
 
+    from runtime.file_digests import verify_files
+    from runtime.loader import ran_out_of_memory, read_shape
+    from runtime.planner import plan_memory
+    from runtime.planner_steps import shortened, smaller_plans
+    from runtime.profiles_file import keep_profile
+
+    profile = profile_for(request)
+    folder = model_folder(request.model)
+    # What the emulated card computes is charged to its ledger: one thread is enough for that. In
+    # place, experts get all real cores.
+    torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
+    data = data or data_dir()
+    keep_profile(profile, data)
+    verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
+    shape = read_shape(folder, dtype_for(profile), request.experts)
+    plan = plan_memory(
+        profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
+    )
+    if beside and plan.ram_experts is not None:
+        raise MemoryPlanError(plan.notes[0], "Unload the other model first.")
+    plans = [plan] if beside else [plan, *smaller_plans(plan, shape)]
+    reasons: list[str] = []
+    for attempt in plans:
+        if reasons:
+            text = f"Memory ran out; trying again with {shortened(attempt, shape)}"
+            log.warning("%s: %s", text, reasons[-1])
+            progress(LoadProgress(text))
+        try:
+            return _build(
+                request,
+                profile,
+                _remembering(attempt, plan, shape, reasons),
+                folder,
+                progress=progress,
+                cancelled=cancelled,
+                publish=publish,
+                virtual_clock=virtual_clock,
+                data=data,
+            )
+        except (MemoryPlanError, MemoryError, RuntimeError) as failure:
+            if not (isinstance(failure, MemoryPlanError) or ran_out_of_memory(failure)):
+                raise
+            # Only the words are kept: the error itself holds on to what was allocated.
+            reasons.append(str(failure)[:300])
+        gc.collect()
+    raise MemoryPlanError(
+        f"{model_name(folder)} needs more memory than there is, even with"
+        f" {shortened(plans[-1], shape)}. {reasons[-1]}",
+        "Close other programs, lower the VRAM limit in the settings, or choose a smaller model.",
+    )
+
+
+def _remembering(
+    attempt: MemoryPlan, plan: MemoryPlan, shape: ModelShape, reasons: Sequence[str]
+) -> MemoryPlan:
+    """Return the plan with a note of what was given up, if anything was."""
+    from runtime.planner_steps import shortened
+
+    if not reasons:
+        return attempt
+    note = (
+        f"Memory ran out while loading ({reasons[0]}), so the model was loaded with"
+        f" {shortened(attempt, shape)} instead of {shortened(plan, shape)}."
+    )
+    return replace(attempt, notes=(*attempt.notes, note))
+
+
+def _build(
+    request: LoadRequest,
+    profile: HardwareProfile,
+    plan: MemoryPlan,
+    folder: Path,
+    *,
+    progress: Callable[[LoadProgress], None],
+    cancelled: Callable[[], bool],
+    publish: Callable[[TelemetrySnapshot], None],
+    virtual_clock: bool,
+    data: Path,
+) -> Engine:
+    """Open the device, load the model and wire everything up, all within `plan`."""
     from runtime.adapter import attach, detach
     from runtime.adapter_cache import KvCache
     from runtime.device_choice import open_device
@@ -65,35 +149,23 @@ def assemble(
     from runtime.engine_parts import EngineParts
     from runtime.executor import Executor
     from runtime.kernels_crossover import Crossovers, assumed_few_tokens
-    from runtime.file_digests import verify_files
-    from runtime.loader import load_model, read_shape
-    from runtime.planner import plan_memory
+    from runtime.loader import load_model
     from runtime.prompts_templates import Templates, settle_template
 
-    profile = profile_for(request)
-    folder = model_folder(request.model)
-    # What the emulated card computes is charged to its ledger: one thread is enough for that. In
-    # place, experts get all real cores.
-    torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
-    dtype = dtype_for(profile)
-    data = data or data_dir()
-    verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
-    shape = read_shape(folder, dtype, request.experts)
-    plan = plan_memory(
-        profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
-    )
     with ExitStack() as undo:
         device = open_device(profile, plan, virtual_clock=virtual_clock)
         undo.callback(device.close)
         loaded = load_model(
             folder,
             torch_device=device.torch_device,
-            dtype=dtype,
+            dtype=dtype_for(profile),
             allocate_host=device.allocate_host,
             progress=progress,
             cancelled=cancelled,
             experts=request.experts,
             kept=data / EXPERTS_FOLDER,
+            release_host=device.release_host,
+            ram_experts=plan.ram_experts,
         )
         undo.callback(loaded.store.close)
         for remark in loaded.remarks:
@@ -153,8 +225,9 @@ def assemble(
             profile=profile,
             plan=plan,
             close=close,
-            remarks=(*loaded.remarks, *([told] if told else [])),
+            remarks=(*plan.notes, *loaded.remarks, *([told] if told else [])),
             render=templates.render,
+            watch_ram=_watching_ram(executor, loaded, profile),
         ),
         publish,
     )
@@ -190,6 +263,28 @@ def _hot_experts(
     if predictor is None or learned is None:
         return HotExperts(shape.experts, None)
     return HotExperts(shape.experts, learned / f"hot-{predictor.fingerprint}.json")
+
+
+def _watching_ram(
+    executor: Executor, loaded: LoadedModel, profile: HardwareProfile
+) -> Callable[[], None]:
+    """Return what makes room for other programs between two forward passes."""
+    from runtime.engine_ram import WATCHED_FROM_BYTES, RamWatch
+    from runtime.hardware_memory import read_ram
+    from runtime.ram_tier_pressure import RamPressure
+
+    store, memory = loaded.store, read_ram()
+    if not store.resizable or store.ram_bytes < WATCHED_FROM_BYTES or memory.free_bytes <= 0:
+        return lambda: None
+    least = min(2 * loaded.shape.top_k, store.most_experts)
+    pressure = RamPressure(
+        memory.total_bytes,
+        memory.free_bytes,
+        store.slot_bytes,
+        most=store.most_experts,
+        least=least,
+    )
+    return RamWatch(executor, pressure, lambda: read_ram().free_bytes)
 
 
 def profile_for(request: LoadRequest) -> HardwareProfile:

@@ -6,6 +6,7 @@ reports modelled seconds.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -33,6 +34,8 @@ from runtime.sampler import check_params
 from runtime.sequences import MAX_TOGETHER, Conversation, Conversations
 from runtime.telemetry import Gauges, Panel, Timing, generation_stats
 
+log = logging.getLogger("prescope.engine")
+
 
 class Engine:
     """Answers conversations with one model, up to `MAX_TOGETHER` at once.
@@ -56,7 +59,7 @@ class Engine:
         longest = plan.context_tokens or plan.kv_tokens
         self.context_tokens = min(parts.context_tokens, plan.kv_tokens, longest)
         self._conversations = Conversations(parts.new_cache, plan.kv_tokens)
-        self._passes = Passes(parts, self.forget)
+        self._passes = Passes(parts, self.forget, self._shrink)
         self._chunk_tokens = prefill_chunk_tokens
         self._panel = Panel(self.gauges, publish, parts.device.now_s)
         self._speed = ShownSpeed(self._panel, parts.executor, parts.device)
@@ -256,6 +259,15 @@ class Engine:
             self._end(generation, "cancelled")
         self.forget()
         self.parts.close()
+
+    def _shrink(self) -> bool:
+        """Give some slots up for what a pass could not allocate; say whether there were any."""
+        executor = self.parts.executor
+        before = executor.slots
+        if not executor.shrink():
+            return False
+        log.warning("memory ran out: %d expert slots instead of %d", executor.slots, before)
+        return True
 
     def _let_in(self) -> None:
         """Give those that wait their places, in order."""

@@ -11,7 +11,11 @@ import torch
 from runtime.engine_parts import EngineParts
 from runtime.errors import MemoryPlanError
 from runtime.meeting import Meeting, outcome_of
+from runtime.planner import prefill_tokens
 from runtime.sequences import Conversation
+
+MOST_SHRINKS = 3
+"""How often slots are given up for one step: a quarter of them each time."""
 
 
 class StoppedError(Exception):
@@ -34,12 +38,16 @@ Outcome = torch.Tensor | Exception
 class Passes:
     """Runs the model. The engine thread owns it.
 
-    `forget` gives back the memory of all that nobody waits for.
+    `forget` gives back the memory of all that nobody waits for, `shrink` some of the slots' and
+    says whether it could.
     """
 
-    def __init__(self, parts: EngineParts, forget: Callable[[], None]) -> None:
+    def __init__(
+        self, parts: EngineParts, forget: Callable[[], None], shrink: Callable[[], bool]
+    ) -> None:
         self._parts = parts
         self._forget = forget
+        self._shrink = shrink
         self._steps: Sequence[Step] = ()
         self.meeting = Meeting(parts.executor.run_together)
 
@@ -57,8 +65,9 @@ class Passes:
     def run(self, steps: Sequence[Step]) -> list[Outcome]:
         """Compute every step; one that fails leaves the others alone.
 
-        A step for which memory ran out is tried once more by itself, without the other chats; then
-        it is a MemoryPlanError. A broken-off conversation is rewound where its cache can be cut.
+        A step for which memory ran out is tried again by itself, without the other chats, then
+        with fewer slots, `MOST_SHRINKS` times; then it is a MemoryPlanError. A broken-off
+        conversation is rewound where its cache can be cut, and else computed anew.
         """
         outcomes = self._pass(steps)
         tight = {
@@ -76,17 +85,40 @@ class Passes:
         return outcomes
 
     def _again(self, step: Step, reason: str) -> Outcome:
-        with self._parts.executor.computing():
-            step.conversation.rewind()
-        if step.conversation.intact:
-            (outcome,) = self._pass([step])
+        """Try a step by itself, then with fewer and fewer slots."""
+        tokens = list(step.conversation.ids)
+        for _ in range(1 + MOST_SHRINKS):
+            broken = self._restored(step.conversation, tokens)
+            outcome = self._pass([step])[0] if broken is None else broken
             if not isinstance(outcome, torch.OutOfMemoryError):
                 return outcome
             reason = str(outcome)
+            del outcome, broken  # they hold on to the tensors of the attempt
+            if not self._shrink():
+                break
         return MemoryPlanError(
-            f"The card's memory ran out at {len(step.conversation.ids):,} tokens: {reason[:200]}",
+            f"The card's memory ran out at {len(tokens):,} tokens: {reason[:200]}",
             "Start a new chat, or load the model with a smaller cache.",
         )
+
+    def _restored(self, conversation: Conversation, tokens: Sequence[int]) -> Exception | None:
+        """Bring a conversation back to `tokens`, computed anew where its cache cannot be cut.
+
+        Returns why that was not possible.
+        """
+        with self._parts.executor.computing():
+            conversation.rewind()
+        if conversation.intact:
+            return None
+        conversation.ids.clear()
+        conversation.cache, conversation.intact = self._parts.new_cache(), True
+        while (done := len(conversation.ids)) < len(tokens):
+            room = prefill_tokens(self._parts.plan, self._parts.shape, done)
+            end = done + room if conversation.cache.continues else len(tokens)
+            (outcome,) = self._pass([Step(conversation, tokens[done:end])])
+            if isinstance(outcome, Exception):
+                return outcome
+        return None
 
     def _pass(self, steps: Sequence[Step]) -> list[Outcome]:
         """Run the model once over all steps."""

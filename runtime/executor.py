@@ -23,6 +23,7 @@ from runtime.disk import Disk
 from runtime.executor_heat import Heat
 from runtime.executor_preload import preload
 from runtime.executor_ram import RamExperts
+from runtime.executor_slots import SlotBlocks
 from runtime.executor_steering import Steering, serving_policy
 from runtime.formats import ExpertFormat
 from runtime.hot_experts import HotExperts
@@ -109,7 +110,7 @@ class Executor:
         self._predictor = predictor
         self._hot = hot
         self._slot_bytes = max(layer.format.size_bytes for layer in layers)
-        self._slab = device.allocate_slots(slots, self._slot_bytes)
+        self._slab = SlotBlocks(device, slots, self._slot_bytes)
         self._slot_views: dict[tuple[int, ExpertFormat], dict[str, torch.Tensor]] = {}
         self._ram = RamExperts(store, [layer.format for layer in layers])
         self._counters = Counters()
@@ -120,6 +121,7 @@ class Executor:
             slots,
             Costs.of(profile),
         )
+        self._least_slots = min(setup.top_k, slots)
         chosen = serving_policy(policy, setup, eviction)
         cache = CacheTable(slots, chosen.eviction)
         self._layer_bytes = setup.layer_bytes
@@ -312,7 +314,25 @@ class Executor:
 
     def resize(self, slots: int) -> None:
         """Use only `slots` of the allocated slots; called between two layers."""
-        self.order(self.residency.resize(slots).orders)
+        self.order(self.residency.resize(min(slots, self._slab.slots)).orders)
+
+    def shrink(self) -> bool:
+        """Give a quarter of the slots and their memory back for good; called between two passes.
+
+        False if no layer could do with fewer.
+        """
+        self._device.wait_for_compute()  # nothing may still read what is given back
+        cache = self.residency.cache
+        wanted = max(cache.capacity * 3 // 4, self._least_slots)
+        if wanted >= cache.capacity:
+            return False
+        self.resize(wanted)
+        places = (cache.find(expert) for expert in cache.experts())
+        used = 1 + max((place for place in places if place is not None), default=-1)
+        kept = self._slab.keep(max(wanted, used))
+        for slot, layout in [key for key in self._slot_views if key[0] >= kept]:
+            del self._slot_views[slot, layout]
+        return True
 
     def resize_ram(self, experts: int) -> int:
         """Let RAM hold so many experts; called between two layers. Return how many it may hold:

@@ -7,6 +7,7 @@ buffers, one per chunk in flight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,12 @@ def chunk_bytes_for(link_bytes_per_s: float) -> int:
     return max(MIN_CHUNK_BYTES, int(link_bytes_per_s * CHUNK_S) // 64 * 64)
 
 
+class SlotMemory(Protocol):
+    """The slots on the device, indexed like a (slots, slot_bytes) uint8 tensor."""
+
+    def __getitem__(self, key: tuple[int, slice], /) -> torch.Tensor: ...
+
+
 class Link:
     """Issues chunks; the transfer driver is its only caller but for `free` and `take_done`.
 
@@ -34,7 +41,7 @@ class Link:
     def __init__(
         self,
         device: Device,
-        slots: torch.Tensor,
+        slots: SlotMemory,
         bytes_of: Callable[[ExpertId], torch.Tensor],
         chunk_bytes: int,
     ) -> None:

@@ -27,7 +27,7 @@ from runtime.adapter_quantized import with_held_formats
 from runtime.adapter_shape import model_shape
 from runtime.config import model_name
 from runtime.core import ExpertsWish, LoadProgress, ModelShape
-from runtime.errors import CancelledError, ModelFilesError
+from runtime.errors import CancelledError, MemoryPlanError, ModelFilesError
 from runtime.loader_dense import DenseWeights, Stop
 from runtime.loader_experts import finish, hold_experts, naming, one_thread_each
 from runtime.loader_source import open_source
@@ -140,7 +140,7 @@ def load_model(
                 ram_experts=ram_experts,
             )
             try:
-                remarks = finish(reading, dense.continued, cancelled)
+                remarks = finish(reading, dense.continued, cancelled, ram_experts is None)
             except BaseException:
                 store.close()
                 raise
@@ -184,6 +184,11 @@ def _load_dense(
     except Stop as stop:
         raise stop.error from None
     except REFUSALS as error:
+        if ran_out_of_memory(error):
+            raise MemoryPlanError(
+                f"There was no room for the dense weights: {error!s:.200}",
+                "Close other programs, or choose a smaller model.",
+            ) from None  # the error holds on to what was loaded so far
         what = f"The weights do not fit the {config.model_type} model: {error!s:.500}"
         raise ModelFilesError(what, _AGAIN) from error
     finally:
@@ -197,6 +202,13 @@ def _load_dense(
     check_every_moe_layer_is_ours(model)
     # Parameters keep requires_grad: matmul picks its kernel by it, and the last bit with it.
     return model.eval()
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Say whether this is how torch or Python reports that an allocation failed."""
+    # On the CPU torch has no type of its own for it.
+    plain = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return plain or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _check(cancelled: Callable[[], bool]) -> None:

@@ -106,6 +106,7 @@ class StandInExecutor:
         self.passes: list[int] = []
         self.prediction = True
         self.resets = 0
+        self.shrinks = 0
         self.idle_s = 0.0
         self.closed = False
         self._counters = Counters()
@@ -121,6 +122,11 @@ class StandInExecutor:
 
     def idle(self, budget_s: float) -> None:
         self.idle_s += budget_s
+
+    def shrink(self) -> bool:
+        self.slots = max(self.slots * 3 // 4, TOP_K)
+        self.shrinks += 1
+        return self.shrinks < 9
 
     def begin_pass(self, tokens: int, token_ids: Sequence[int] = (), span: int = 1) -> None:
         assert len(token_ids) == tokens >= span

@@ -539,6 +539,33 @@ def test_running_out_of_memory_at_the_experts_ends_nobody_who_fits(
         assert calls > 9 + failing
 
 
+@pytest.mark.parametrize("failing", [1, 3])
+def test_memory_that_runs_out_costs_no_text_where_caches_cannot_be_cut(
+    failing: int, models: Callable[[str], LoadedModel]
+) -> None:
+    """Sliding windows have forgotten what a cut would need, so the chat is computed anew."""
+    loaded = models("gpt_oss")
+    request = Request("a window that slides", SamplingParams(max_new_tokens=12))
+    with engine_over(loaded, slots=12) as engine:
+        (expected,) = alone(engine, [request])
+    with engine_over(loaded, slots=12) as engine:
+        honest = engine.parts.executor.run_together
+        calls = 0
+
+        def tight(layer: int, parts: Sequence[RoutedTokens]) -> list[torch.Tensor]:
+            nonlocal calls
+            calls += 1
+            if 15 <= calls < 15 + failing:
+                raise torch.OutOfMemoryError("2 GiB more are needed")
+            return honest(layer, parts)
+
+        engine._passes.meeting._run_together = tight
+        (answer,) = alone(engine, [request])
+        assert calls > 15 + failing
+        assert answer.ids == expected.ids
+        assert engine.parts.executor.slots == (12 if failing == 1 else 6)
+
+
 def test_two_requests_of_one_conversation_do_not_share_a_cache(
     models: Callable[[str], LoadedModel],
 ) -> None:

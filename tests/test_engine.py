@@ -340,10 +340,11 @@ def test_a_failing_pass_forgets_the_conversation_and_reaches_the_caller() -> Non
     assert ids_of(ask(one, "fail")) == ids_of(ask(engine(eos=[]), "fail"))
 
 
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", [1, 2, 4, 5])
 @pytest.mark.parametrize("first", [1, 2, 5])
-def test_running_out_of_memory_is_tried_once_more(first: int, failing: int) -> None:
+def test_running_out_of_memory_is_tried_again_with_fewer_slots(first: int, failing: int) -> None:
     calls = 0
+    executor = StandInExecutor()
 
     def network(**inputs: Any) -> Any:
         nonlocal calls
@@ -353,10 +354,11 @@ def test_running_out_of_memory_is_tried_once_more(first: int, failing: int) -> N
             raise torch.OutOfMemoryError("2 GiB more are needed")
         return output
 
-    one = engine(network=network, chunk=16, eos=[])
+    one = engine(network=network, chunk=16, eos=[], executor=executor)
     full = ids_of(ask(engine(chunk=16, eos=[]), "memory"))
-    if failing == 1:
+    if failing < 5:
         assert ids_of(ask(one, "memory")) == full
+        assert executor.shrinks == max(failing - 1, 0)
     else:
         with pytest.raises(MemoryPlanError, match="2 GiB"):
             ask(one, "memory")

@@ -39,6 +39,7 @@ class _NoExecutor:
     slots = slots_used = 0
     look_ahead = False
     verdict = None
+    ram_experts = None
     stall_s_by_layer = ()
 
     def set_policy(self, policy: str) -> None:
@@ -58,6 +59,9 @@ class _NoExecutor:
 
     def run_together(self, layer: int, parts: Sequence[RoutedTokens]) -> list[torch.Tensor]:
         raise AssertionError("the stock model computes its own experts")
+
+    def shrink(self) -> bool:
+        return False
 
     def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
