@@ -203,8 +203,8 @@ def delete(cache: Path, name: str) -> None:
     with open(path, "r+b", buffering=0) as file:
         if not take_lock(file, shared=False):
             raise BusyError(
-                f"{name} is in use by a loaded model.",
-                "Load another model, or the same with its experts held otherwise, first.",
+                f"These experts are in use: a model is loaded from {name}.",
+                "Load another model, or the same with its experts as stored, first.",
             )
         if sys.platform != "win32":
             path.unlink()

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -337,7 +338,8 @@ class KeptExperts:
             self._note(f"{damage.message} It was made again.")
         else:
             self._note(f"{damage.message} The file is deleted; the next load makes a new one.")
-            file.path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows deletes no open file; the next load replaces it
+                file.path.unlink()
 
     def _keep_nothing(self, error: DiskError) -> None:
         if self._writer is not None:

@@ -20,6 +20,11 @@ from runtime.quantize import form_of, quantise
 from runtime.store import ExpertSource
 from runtime.store_recipes import LayerSource, RecipeSource, TensorFiles
 
+_AGAIN_EACH_TIME = (
+    "RAM does not hold all experts, and without a file on the disk the others are quantised again"
+    " whenever they are needed: that is slow. Make room on the disk, or load the experts as stored."
+)
+
 
 @dataclass(frozen=True)
 class HeldExperts:
@@ -127,9 +132,14 @@ def naming(
 
 
 def finish(
-    source: ExpertSource, progress: Callable[[LoadProgress], None], cancelled: Callable[[], bool]
+    source: ExpertSource,
+    progress: Callable[[LoadProgress], None],
+    cancelled: Callable[[], bool],
+    all_in_ram: bool,
 ) -> tuple[str, ...]:
     """End a load: complete the file of quantised experts, and return what a person should know.
+
+    `all_in_ram` says that nothing is read from `source` any more.
 
     Raises:
         ModelFilesError: the checkpoint cannot be read.
@@ -141,6 +151,8 @@ def finish(
     source.stop = lambda: False
     if source.file is not None:
         source.file.read_past_cache(True)  # what is read again would lie in RAM twice
+    elif not all_in_ram:
+        return (*source.notices, _AGAIN_EACH_TIME)
     return tuple(source.notices)
 
 

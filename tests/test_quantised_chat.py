@@ -62,7 +62,10 @@ def test_experts_that_ram_does_not_hold_come_from_the_kept_file(
             size = whole.store.format_of(layer).size_bytes
             memory = part.store._blocks.memory(0)[:size]
             assert torch.equal(memory, whole.store.bytes_of(at))
-    if kept is not None:
+    assert bool(part.remarks) != keeping
+    if kept is None:
+        assert "that is slow" in part.remarks[0]
+    else:
         assert [file.finished for file in kept_files(kept)] == [True]
     part.store.close()
     whole.store.close()
