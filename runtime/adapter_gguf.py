@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from runtime.adapter import MoeLayer
+from runtime.adapter_gguf_mapped import mapping_of
+from runtime.adapter_gguf_weights import GgufWeight, row_numbers
 from runtime.adapter_recipes import Checkpoint
 from runtime.errors import ModelFilesError, UnsupportedModelError
 from runtime.formats import Matrix, Part, lay_out
-from runtime.gguf_blocks import FORMS, common_form, numbers_of, stacked, unpack, widened
-from runtime.gguf_files import logical_shape
+from runtime.gguf_blocks import FORMS, common_form, stacked, unpack, widened
+from runtime.gguf_files import GgufFiles, logical_shape
 from runtime.safetensors_files import TensorEntry
 from runtime.store_recipes import Conversion, Encoding, LayerSource, Piece, Recipe
 from runtime.weight_forms import Codes, form_for, parts_of
@@ -63,50 +64,22 @@ _PLACES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class GgufWeight:
-    """A dense parameter and the tensors it is made of; `arrange` gets their numbers, shaped."""
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[TensorEntry, ...]
-    arrange: Callable[[Sequence[Tensor]], Tensor]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes in the files, all sources together."""
-        return sum(source.size_bytes for source in self.sources)
-
-    def inputs(self) -> tuple[tuple[str, int, int], ...]:
-        """Return (tensor, first byte, bytes) of each source."""
-        return tuple((source.name, 0, source.size_bytes) for source in self.sources)
-
-    def dequantised(self, raw: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the parameter from the bytes that `inputs` names; plain numbers keep their dtype.
-
-        transformers casts those: it knows which parameters have to stay in float32.
-        """
-        pairs = zip(self.sources, raw, strict=True)
-        return self.arrange([_numbers(source, data, dtype) for source, data in pairs])
-
-
-def sort_gguf(
-    skeleton: nn.Module, layers: Sequence[MoeLayer], tensors: Mapping[str, TensorEntry]
-) -> Checkpoint:
+def sort_gguf(files: GgufFiles, skeleton: nn.Module, layers: Sequence[MoeLayer]) -> Checkpoint:
     """Find every expert and dense weight of `skeleton`, which still has its expert parameters.
 
     Raises:
         ModelFilesError: an expert's tensor is missing, or a shape does not fit.
         UnsupportedModelError: a tensor has no place in the model.
     """
-    sources = tuple(_layer_source(layer, tensors) for layer in layers)
-    dense = _dense(skeleton, tensors)
+    sources = tuple(_layer_source(layer, files.tensors) for layer in layers)
+    dense = _dense(files.metadata["general.architecture"], skeleton, files.tensors)
     return Checkpoint(sources, tuple(dense), dense)
 
 
-def _dense(skeleton: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+def _dense(architecture: str, skeleton: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
     state = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     config = skeleton.config.get_text_config()
+    mapping = mapping_of(architecture, skeleton)
     found: dict[str, GgufWeight] = {}
     for name, entry in tensors.items():
         block = _BLOCK.fullmatch(name)
@@ -115,7 +88,8 @@ def _dense(skeleton: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
             continue
         if block and block[2] == "attn_v_b":
             continue  # Taken together with attn_k_b.
-        place = next((place for place in _places(name, block) if place in state), None)
+        places = _places(name, block) if mapping is None else [mapping.place(name)]
+        place = next((place for place in places if place in state), None)
         if place is None:
             raise UnsupportedModelError(
                 f"Tensor {name} has no place in a {config.model_type} model.", _OTHER
@@ -123,7 +97,10 @@ def _dense(skeleton: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
         if place in found:
             other = found[place].sources[0].name
             raise ModelFilesError(f"{name} and {other} are both {place}.", _AGAIN)
-        if block and block[2] == "attn_k_b":
+        if mapping is not None:
+            arrange = partial(mapping.arranged, name, state[place])
+            found[place] = GgufWeight(place, state[place], (entry,), arrange)
+        elif block and block[2] == "attn_k_b":
             values = _needed(f"blk.{block[1]}.attn_v_b.weight", tensors)
             found[place] = GgufWeight(place, state[place], (entry, values), _keys_and_values)
         else:
@@ -263,7 +240,7 @@ def _plain(layer: MoeLayer, part: Part, entries: Sequence[TensorEntry]) -> list[
 
     def convert(rows: Sequence[Tensor]) -> Tensor:
         pairs = zip(entries, rows, strict=True)
-        each = [_row_numbers(entry, row, dtype) for entry, row in pairs]
+        each = [row_numbers(entry, row, dtype) for entry, row in pairs]
         joined = torch.cat(each) if apart else torch.stack(each, 1).flatten(0, 1)
         return joined.t() if transposed else joined
 
@@ -277,22 +254,6 @@ def _plain(layer: MoeLayer, part: Part, entries: Sequence[TensorEntry]) -> list[
 def _concatenated(layer: MoeLayer) -> bool:
     module: Any = layer.module
     return bool(module.is_concatenated)
-
-
-def _row_numbers(entry: TensorEntry, row: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return one expert's numbers from its row (1, ...) of the file's tensor."""
-    if entry.stored not in FORMS:
-        return row[0]
-    return numbers_of(entry.stored, row.flatten(), logical_shape(entry)[-1], dtype)
-
-
-def _numbers(entry: TensorEntry, raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a whole tensor's numbers from its bytes."""
-    shape = logical_shape(entry)
-    if entry.stored not in FORMS:
-        stored: torch.dtype = getattr(torch, str(entry.dtype))
-        return raw.view(stored).view(shape)
-    return numbers_of(entry.stored, raw, shape[-1], dtype).view(shape)
 
 
 def _needed(name: str, tensors: Mapping[str, TensorEntry]) -> TensorEntry:

@@ -13,6 +13,7 @@ import numpy as np
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from runtime.adapter_config import REFUSALS, _build
+from runtime.adapter_gguf_mapped import mapped_config
 from runtime.errors import ModelFilesError, UnsupportedModelError
 from runtime.gguf_files import GgufFiles, logical_shape
 from runtime.safetensors_files import TensorEntry
@@ -33,8 +34,8 @@ def read_gguf_config(files: GgufFiles) -> Any:
     family = FAMILIES.get(told.architecture)
     if family is None or (told.architecture == "llama" and not told.whole("expert_count", 0)):
         _refuse(told.architecture)
-    raw = {**_shared(told), **family(told)}
     try:
+        raw = {**_shared(told), **family(told)}
         return _build(CONFIG_MAPPING[raw["model_type"]], raw, files.paths[0].name)
     except REFUSALS as error:
         raise ModelFilesError(
@@ -46,7 +47,7 @@ class _Metadata:
     """Typed access to the metadata under the architecture's own prefix."""
 
     def __init__(self, files: GgufFiles) -> None:
-        self._metadata = files.metadata
+        self.metadata = files.metadata
         self._name = files.paths[0].name
         self.tensors: Mapping[str, TensorEntry] = files.tensors
         architecture = files.metadata.get("general.architecture")
@@ -83,7 +84,7 @@ class _Metadata:
 
     def token(self, name: str) -> int | None:
         """Return the id of a special token, or None."""
-        value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
+        value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return value if type(value) is int else None
 
     def has(self, leaf: str) -> bool:
@@ -100,7 +101,7 @@ class _Metadata:
 
     def _value(self, key: str, default: Any) -> Any:
         full = f"{self.architecture}.{key}"
-        value = self._metadata.get(full, default)
+        value = self.metadata.get(full, default)
         if value is None:
             raise ModelFilesError(f"{self._name} does not state {full}.", _AGAIN)
         return value
@@ -256,6 +257,12 @@ def _deepseek(told: _Metadata) -> dict[str, Any]:
     return config
 
 
+def _qwen3_5_moe(told: _Metadata) -> dict[str, Any]:
+    config = mapped_config(told.architecture, told.metadata, tuple(told.tensors))
+    config.pop("vocab_size")  # That of the embeddings counts.
+    return config
+
+
 def _glm4_moe(told: _Metadata) -> dict[str, Any]:
     return {
         "model_type": "glm4_moe",
@@ -292,6 +299,7 @@ FAMILIES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "llama": _mixtral,
     "minimax-m2": _minimax_m2,
     "qwen2moe": _qwen2_moe,
+    "qwen35moe": _qwen3_5_moe,
     "qwen3moe": _qwen3_moe,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _gguf_source(files: GgufFiles) -> ModelSource:
         name=model_stem(files.paths[0].name),
         files=files,
         config=config,
-        sort=lambda skeleton, layers: sort_gguf(skeleton, layers, files.tensors),
+        sort=partial(sort_gguf, files),
         tokenizer=lambda: open_gguf_tokenizer(files, vocab_size),
         end_ids=lambda tokenizer: gguf_eos_token_ids(files, vocab_size),
     )

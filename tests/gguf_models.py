@@ -23,6 +23,7 @@ from transformers import (
     MiniMaxM2Config,
     MixtralConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
 )
 from transformers.integrations.gguf import dequant
@@ -31,6 +32,7 @@ from tests.checkpoints import randomize
 from tests.gguf_writer import PLAIN, TYPES, Stored, gguf_bytes, random_blocks, stored
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD, LAYERS, EXPERTS, VOCAB = 256, 256, 4, 2, 64, 2, 4, 160
+KEY_HEADS, VALUES_PER_KEY = 2, 4  # Of linear attention.
 _SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -186,6 +188,43 @@ FAMILIES = {
             "rope.scaling.yarn_log_multiplier": 0.1,
         },
     ),
+    "qwen3_5_moe_text": Family(
+        "qwen35moe",
+        _config(
+            Qwen3_5MoeTextConfig,
+            num_hidden_layers=4,
+            head_dim=HEAD,
+            moe_intermediate_size=WIDTH,
+            shared_expert_intermediate_size=512,
+            num_experts=EXPERTS,
+            linear_conv_kernel_dim=4,
+            linear_key_head_dim=32,
+            linear_value_head_dim=64,
+            linear_num_key_heads=KEY_HEADS,
+            linear_num_value_heads=KEY_HEADS * VALUES_PER_KEY,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 20000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+        ),
+        {
+            "block_count": 4,
+            "attention.key_length": HEAD,
+            "expert_feed_forward_length": WIDTH,
+            "expert_shared_feed_forward_length": 512,
+            "full_attention_interval": 4,
+            "rope.dimension_count": HEAD // 4,
+            "rope.dimension_sections": [3, 3, 2, 0],
+            "ssm.conv_kernel": 4,
+            "ssm.state_size": 32,
+            "ssm.group_count": KEY_HEADS,
+            "ssm.time_step_rank": KEY_HEADS * VALUES_PER_KEY,
+            "ssm.inner_size": KEY_HEADS * VALUES_PER_KEY * 64,
+        },
+    ),
     "glm4_moe": Family(
         "glm4moe",
         _config(
@@ -261,6 +300,15 @@ _NAMES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
     "mlp.gate": "ffn_gate_inp",
     "mlp.router": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
@@ -275,7 +323,8 @@ _NAMES = {
         for name in ("gate", "up", "down")
     },
 }
-_AFTER_ATTENTION = {"gpt_oss", "glm4_moe"}  # Where the second norm has this name.
+# Where the second norm is named by its place after attention.
+_AFTER_ATTENTION = {"gpt_oss", "glm4_moe", "qwen3_5_moe_text"}
 
 
 @dataclass(frozen=True)
@@ -357,6 +406,8 @@ class _Making:
             self._compressed(prefix, value)
             return
         file_name = prefix + leaf
+        if self._family == "qwen3_5_moe_text" and self._linear(file_name, leaf, value):
+            return
         if value.dim() < 2 or leaf == "ffn_gate_inp.weight" or leaf.endswith("inp_shexp.weight"):
             plain = value[0] if leaf.endswith("inp_shexp.weight") else value
             self.tensors[file_name] = stored(plain)
@@ -371,6 +422,27 @@ class _Making:
         if self._family != "mixtral" or heads is None:
             return rows
         return rows.view(heads, 2, len(value) // heads // 2).transpose(1, 2).flatten()
+
+    def _linear(self, name: str, leaf: str, value: Tensor) -> bool:
+        """Write what llama.cpp changes of Qwen 3.5: norms, and heads of linear attention."""
+        leaf = leaf.partition(".")[0]
+        if leaf.endswith("norm") and leaf != "ssm_norm":
+            self.tensors[name] = stored(value + 1)
+            value.copy_((value + 1) - 1)
+            return True
+        if leaf == "ssm_norm" or not leaf.startswith(("ssm", "attn_qkv", "attn_gate")):
+            return False
+        axis = 1 if leaf == "ssm_out" else 0
+        keys = 2 * KEY_HEADS * 32 if leaf in ("attn_qkv", "ssm_conv1d") else 0
+        heads = value.narrow(axis, keys, value.shape[axis] - keys)
+        heads = heads.unflatten(axis, (KEY_HEADS, VALUES_PER_KEY, -1))
+        tiled = heads.transpose(axis, axis + 1).flatten(axis, axis + 2)
+        whole = torch.cat((value.narrow(axis, 0, keys), tiled), axis)
+        if leaf == "ssm_a":
+            whole = -torch.exp(whole)
+            value.copy_(torch.log(torch.exp(value)))
+        self.tensors[name] = stored(whole.squeeze(1) if leaf == "ssm_conv1d" else whole)
+        return True
 
     def _compressed(self, prefix: str, value: Tensor) -> None:
         keys = self._config.qk_nope_head_dim

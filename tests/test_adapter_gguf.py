@@ -32,6 +32,7 @@ MIXES = {
     "minimax_m2": ("Q6_K", "", "Q5_K"),
     "mixtral": ("Q4_0", "Q8_0", "Q4_1"),
     "qwen2_moe": ("Q4_1", "", "BF16"),
+    "qwen3_5_moe_text": ("Q4_K", "Q6_K", "Q8_0"),
 }
 CASES = [
     *(("qwen3_moe", kind, "", "Q8_0") for kind in QUANTISED),
