@@ -32,7 +32,14 @@ from runtime.safetensors_files import SafetensorsFiles, TensorEntry
 from runtime.store_recipes import RecipeSource, bytes_in
 from runtime.weight_forms import dequantise, held
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
-from tests.quantized_files import FILE_FORMATS, write_quantised
+from tests.quantized_files import (
+    FILE_FORMATS,
+    FLOAT,
+    compressed,
+    fp8_rows,
+    pack_quantized,
+    write_quantised,
+)
 
 KINDS = {"fp8": "fp8", "int8": "int8", "int4": "int4", "awq": "int4", "gptq": "int4"} | {
     "gptq, 8 bits": "int8",
@@ -121,6 +128,37 @@ def test_a_matrix_means_what_its_format_says(
     files.close()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(tensor.dequantised(raw, dtype), meaning.to(dtype))
+
+
+def test_layers_of_one_file_may_follow_different_schemes(tmp_path: Path) -> None:
+    schemes = {
+        "attention.weight": (compressed("", strategy="channel", **FLOAT), fp8_rows),
+        "experts.weight": (compressed("", group_size=16), pack_quantized(16)),
+        "shared.weight": (compressed("", group_size=8), pack_quantized(8)),
+        "head.weight": (
+            compressed("", group_size=16, num_bits=8, symmetric=False),
+            pack_quantized(16, zeros=True, bits=8),
+        ),
+    }
+    tensors, meant = {}, {}
+    config = compressed("mixed-precision", group_size=16)
+    for number, (name, (scheme, pack)) in enumerate(schemes.items()):
+        packed, meant[name] = pack(torch.Generator().manual_seed(number), 24, 64)
+        stem = name.removesuffix("weight")
+        tensors |= {stem + suffix: tensor for suffix, tensor in packed.items()}
+        config["config_groups"][f"group_{number}"] = scheme["config_groups"]["group_0"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    files = SafetensorsFiles(tmp_path)
+    table = fold(files.tensors, quantisation_from(config))
+    for name, meaning in meant.items():
+        tensor = table[name]
+        assert isinstance(tensor, QuantisedTensor)
+        raw = []
+        for source, first, size in tensor.inputs():
+            raw.append(torch.empty(size, dtype=torch.uint8))
+            files.read_into(source, first, bytes_in(raw[-1]))
+        assert torch.equal(tensor.dequantised(raw, torch.float32), meaning.float())
+    files.close()
 
 
 @pytest.mark.parametrize("name", WHOLE_MODELS)
