@@ -10,12 +10,15 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -72,6 +75,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "max_position_embeddings": (1, 2**28),
 }
 _MAX_NUMBER = 2**40
+_MAX_MODULES = 2**13
 _MAX_ITEMS = 2**18
 _MAX_TEXT = 2**16
 # What a library may raise over values that have the wrong type or do not fit each other.
@@ -168,7 +172,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     auto = next(auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping)
     try:
         _ = auto._model_mapping[type(config)]  # imports the modelling code that may be adapted
-        with adapted_families(), torch.device("meta"):
+        with adapted_families(), _few_modules(), torch.device("meta"):
             model = auto.from_config(
                 copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION
             )
@@ -178,6 +182,26 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
         ) from error
     check_every_moe_layer_is_ours(model)
     return model.eval()
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Stop building a model without end: some families loop over counts that have no range here."""
+    left = _MAX_MODULES
+
+    def count(module: nn.Module, name: str, inside: nn.Module | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ModelFilesError(
+                f"config.json describes a model of more than {_MAX_MODULES} modules.", _AGAIN
+            )
+
+    counting = register_module_module_registration_hook(count)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        counting.remove()
 
 
 _AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from runtime.adapter_config import read_config
+from runtime.adapter_config import build_skeleton, read_config
 from runtime.errors import ModelError, ModelFilesError, PreScopeError, UnsupportedModelError
 from tests.checkpoints import load
-from tests.families import FAMILIES, VOCAB, make_checkpoint
+from tests.families import FAMILIES, MORE_FAMILIES, VOCAB, make_checkpoint
 
 
 def edit_config(folder: Path, change: dict[str, Any]) -> None:
@@ -54,7 +57,7 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "brand_new", "auto_map": {"AutoConfig": "evil.Config"}}, "own code"),
     ({"model_type": None}, "no family"),
     ({"model_type": ["qwen3_moe"]}, "family"),
-    ({"model_type": "llama4_text"}, "llama4_text"),
+    ({"model_type": "dbrx"}, "dbrx"),
     ({"model_type": "bert"}, "bert"),
     ({"model_type": "clip"}, "clip"),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
@@ -114,23 +117,69 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+# Text models and wrappers, attention of every kind; their small configurations, made once.
+FUZZED = {
+    name: (FAMILIES | MORE_FAMILIES)[name]().to_dict()
+    for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "gemma4", "longcat_flash")
+}
+NUMBERS = st.sampled_from([-1, 0, 1, 3, 7, 513, 10**5, 10**9, 2**40, 2**63, 1.5, 1e300])
+
+
+def places(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the way to every value in a configuration and in those inside it."""
+    found: list[tuple[str, ...]] = []
+    for key, value in record.items():
+        found.append((key,))
+        if isinstance(value, dict) and key.endswith("_config"):
+            found += [(key, *rest) for rest in places(value)]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_configuration_is_read_or_refused(
+def test_any_configuration_is_built_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    record = FAMILIES["qwen3_moe"]().to_dict()
-    keys = st.sampled_from(sorted(record) + ["auto_map", "rope_scaling", "torch_dtype"])
+    family = data.draw(st.sampled_from(sorted(FUZZED)))
+    record = copy.deepcopy(FUZZED[family])
+    ways = places(record) + [("auto_map",), ("rope_scaling",), ("torch_dtype",)]
+    for way in data.draw(st.lists(st.sampled_from(ways), min_size=1, max_size=3)):
+        inside: Any = record
+        for key in way[:-1]:
+            inside = inside.get(key) if isinstance(inside, dict) else None
+        if isinstance(inside, dict):
+            inside[way[-1]] = data.draw(NUMBERS | values)
     folder = tmp_path_factory.getbasetemp()
-    record |= data.draw(st.dictionaries(keys, values, min_size=1, max_size=3))
     (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    began_s = time.process_time()
+    refused: PreScopeError | None = None
     try:
-        read_config(folder)
+        skeleton = build_skeleton(read_config(folder), torch.float32)
     except PreScopeError as error:
-        message = error.message
+        refused = error
     else:
-        message = "fine"
-    assert message
+        assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
+    assert refused is None or (refused.message and refused.next_step)
+    assert time.process_time() - began_s < 10
+
+
+ENDLESS = {
+    "ernie4_5_vl_moe": ("vision_config", "depth", 10**6),
+    "muse_spark": ("audio_config", "depths", [10**6]),
+    "qwen3_omni_moe_thinker": ("audio_config", "encoder_layers", 2**40),
+}
+
+
+@pytest.mark.parametrize("family", ENDLESS)
+def test_a_model_of_a_million_layers_is_not_built_to_its_end(family: str, tmp_path: Path) -> None:
+    part, key, value = ENDLESS[family]
+    record = MORE_FAMILIES[family]().to_dict()
+    record[part][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ModelFilesError, match="more than 8192 modules"):
+        build_skeleton(read_config(tmp_path), torch.float32)
+    assert build_skeleton(MORE_FAMILIES[family](), torch.float32)
 
 
 def write_tokenizer(folder: Path, words: int = VOCAB, **settings_: Any) -> None:
