@@ -85,12 +85,12 @@ class Family:
     """How one architecture is told to transformers and to llama.cpp."""
 
     architecture: str
-    config: Callable[[], Any]
+    config: Callable[..., Any]
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def _config(kind: Any, **sizes: Any) -> Callable[[], Any]:
-    return lambda: kind(**(_SIZES | sizes))
+def _config(kind: Any, **sizes: Any) -> Callable[..., Any]:
+    return lambda **more: kind(**(_SIZES | sizes | more))
 
 
 FAMILIES = {
@@ -340,10 +340,16 @@ class GgufModel:
         return path
 
 
-def make_model(family: str, experts: str = "Q8_0", down: str = "", dense: str = "F32") -> GgufModel:
-    """Make a model with experts of type `experts` (`down` for their last matrix) and `dense`."""
+def make_model(
+    family: str, experts: str | tuple[str, ...] = "Q8_0", down: str = "", dense: str = "F32"
+) -> GgufModel:
+    """Make a model with experts of type `experts` (`down` for their last matrix) and `dense`.
+
+    Several types make a model with one layer of each.
+    """
     told = FAMILIES[family]
-    config = told.config()
+    layers = {} if isinstance(experts, str) else {"num_hidden_layers": len(experts)}
+    config = told.config(**layers)
     config.dtype = "float32"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -351,9 +357,13 @@ def make_model(family: str, experts: str = "Q8_0", down: str = "", dense: str = 
     making = _Making(family, config, torch.Generator().manual_seed(7))
     state = model.state_dict()
     for name, value in state.items():
-        kind = (down or experts) if name.endswith("down_proj") and value.dim() == 3 else experts
+        number = re.search(r"layers\.(\d+)\.", name)
+        kind = experts if isinstance(experts, str) else experts[int(number[1]) if number else 0]
+        if down and name.endswith("down_proj") and value.dim() == 3:
+            kind = down
         making.add(name, value, kind if ".experts." in name else dense)
-    prefix = {f"{told.architecture}.{k}": v for k, v in (_META | told.metadata).items()}
+    meta = _META | told.metadata | ({"block_count": len(experts)} if layers else {})
+    prefix = {f"{told.architecture}.{key}": value for key, value in meta.items()}
     metadata = {"general.architecture": told.architecture, **prefix}
     return GgufModel(metadata, making.tensors, model)
 
