@@ -197,7 +197,7 @@ def _few_modules() -> Iterator[None]:
                 f"config.json describes a model of more than {_MAX_MODULES} modules.", _AGAIN
             )
 
-    counting = register_module_module_registration_hook(count)  # type: ignore[arg-type]
+    counting = register_module_module_registration_hook(count)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from runtime.adapter_text_check import check_tokenizer
 from runtime.errors import ModelFilesError, UnsupportedModelError
 from runtime.safetensors_files import open_regular, read_json
 
@@ -46,6 +47,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Any | None:
         size = path.stat().st_size
         if size > MAX_TOKENIZER_BYTES or not (file.read(1) or b"").startswith(b"{"):
             raise ModelFilesError(f"{TOKENIZER_NAME} ({size} bytes) is no tokenizer.", _AGAIN)
+    check_tokenizer(path)
     settings = _optional_json(folder / "tokenizer_config.json", MAX_SMALL_BYTES)
     special = {name: _token(settings[name]) for name in _SPECIAL if settings.get(name)}
     try:
