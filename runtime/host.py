@@ -103,7 +103,11 @@ class HostedEngine(Protocol):
 
 
 class Assemble(Protocol):
-    """Builds an engine; asks `cancelled` often and then raises CancelledError."""
+    """Builds an engine; asks `cancelled` often and then raises CancelledError.
+
+    `beside` says that another engine keeps its memory meanwhile: where both do not fit whole it
+    raises MemoryPlanError instead of making do with less.
+    """
 
     def __call__(
         self,
@@ -112,6 +116,7 @@ class Assemble(Protocol):
         progress: Callable[[LoadProgress], None],
         cancelled: Callable[[], bool],
         publish: Callable[[TelemetrySnapshot], None],
+        beside: bool,
     ) -> HostedEngine: ...
 
 
@@ -178,13 +183,15 @@ class Host:
         # On a card a plan made beside the old model is too small for the new one.
         if self._engine is not None and self._engine.profile.device_kind != "cuda":
             try:
-                return self._build(request, cancelled)
+                return self._build(request, cancelled, beside=True)
             except (MemoryPlanError, MemoryError) as failure:
                 log.info("no room beside the old model: %s", failure)
         self._unload()
         return self._build(request, cancelled)
 
-    def _build(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
+    def _build(
+        self, request: LoadRequest, cancelled: Callable[[], bool], beside: bool = False
+    ) -> HostedEngine:
         def progress(progress: LoadProgress) -> None:
             if time.monotonic() >= self._progress_due_s:
                 self._progress_due_s = time.monotonic() + PROGRESS_EVERY_S
@@ -193,7 +200,9 @@ class Host:
         def publish(snapshot: TelemetrySnapshot) -> None:
             self._pipe.send({"op": "snapshot", "value": asdict(snapshot)})
 
-        return self._assemble()(request, progress=progress, cancelled=cancelled, publish=publish)
+        return self._assemble()(
+            request, progress=progress, cancelled=cancelled, publish=publish, beside=beside
+        )
 
     def _keep_previous(self, previous: LoadRequest | None, notice: str, next_step: str) -> None:
         if self._engine is None and previous is not None:

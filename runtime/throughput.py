@@ -17,6 +17,7 @@ from runtime.core import ExpertId, HardwareProfile, MemoryPlan, ModelShape, Poli
 from runtime.machines import HOST_LAYER_S
 from runtime.policy import PolicySetup
 from runtime.policy_table import make_policy
+from runtime.ram_tier import READS_IN_FLIGHT, RamTier
 from runtime.scheduler import Costs
 from runtime.simulate import simulate
 from runtime.synthetic import STATISTICS, RoutingStatistics, synthetic_trace
@@ -93,7 +94,7 @@ def foretell(
         middle.hit_rate,
         middle.disk_bytes,
         statistics.name,
-        _origin(shape, plan, statistics, len(seeds), hosts),
+        _origin(shape, plan, profile, statistics, len(seeds), hosts),
     )
 
 
@@ -129,6 +130,7 @@ def _run(
     layer_bytes = (shape.expert_bytes,) * layers
     setup = PolicySetup(experts, statistics.top_k, layer_bytes, slots, Costs.of(profile))
     passes, warm = _session(statistics, seed)
+    most_used = _most_used(statistics, seed)
     chosen = make_policy(policy, setup)
     chunk_bytes = max(1 << 16, int(profile.link_bytes_per_s.value * _COPY_S) // 64 * 64)
     simulated = simulate(
@@ -140,36 +142,33 @@ def _run(
         chunk_bytes,
         predictor_bytes=shape.predictor_bytes // max(1, shape.layers),
         warm_passes=warm,
-        preload=_most_used(statistics, seed)[:slots],
+        preload=most_used[:slots],
+        ram=_ram(plan, layer_bytes, most_used, slots, scale),
     )
     counted = simulated.measured
     token_s = simulated.measured_s * scale / (len(passes) - warm)
-    disk_bytes = 0.0
-    if plan.ram_experts is not None:
-        held = int((plan.ram_experts + plan.slots) / scale)
-        disk_bytes = _missing(passes, warm, held) * scale * shape.expert_bytes
-        disk_bytes /= len(passes) - warm
-        token_s += disk_bytes / profile.disk_bytes_per_s.value
-        token_s += disk_bytes / shape.expert_bytes * profile.disk_call_s.value
+    disk_bytes = counted.disk_bytes * scale / (len(passes) - warm)
     return _Run(1.0 / token_s, counted.hit_rate, disk_bytes)
 
 
-def _missing(passes: Sequence[ForwardPass], warm: int, held: int) -> int:
-    """Count expert uses after the first `warm` passes that the last `held` experts used miss."""
-    recent: dict[ExpertId, None] = {}
-    missing = 0
-    for number, forward in enumerate(passes):
-        for layer, step in enumerate(forward.layers):
-            for expert in step.demands:
-                key = ExpertId(layer, expert)
-                if key in recent:
-                    del recent[key]
-                elif number >= warm:
-                    missing += 1
-                recent[key] = None
-                if len(recent) > held:
-                    del recent[next(iter(recent))]
-    return missing
+def _ram(
+    plan: MemoryPlan,
+    layer_bytes: Sequence[int],
+    most_used: Sequence[ExpertId],
+    slots: int,
+    scale: float,
+) -> RamTier | None:
+    """Return RAM with as many experts as the plan lets it hold, those that no slot holds first.
+
+    It is filled as after some use; None where it holds all.
+    """
+    if plan.ram_experts is None:
+        return None
+    places = max(int(plan.ram_experts / scale), min(READS_IN_FLIGHT, len(most_used)))
+    ram = RamTier(layer_bytes, places)
+    for expert in [*most_used[slots:], *most_used[:slots]][:places]:
+        ram.place(expert)
+    return ram
 
 
 @lru_cache(maxsize=8)
@@ -203,6 +202,7 @@ def _most_used(statistics: RoutingStatistics, seed: int) -> tuple[ExpertId, ...]
 def _origin(
     shape: ModelShape,
     plan: MemoryPlan,
+    profile: HardwareProfile,
     statistics: RoutingStatistics,
     seeds: int,
     hosts: Sequence[float],
@@ -212,7 +212,7 @@ def _origin(
     if (known.experts, known.top_k) != (max(shape.experts), shape.top_k):
         like += f", scaled to {max(shape.experts)} and {shape.top_k}"
     if plan.ram_experts is not None:
-        like += ", reads from disk added without overlap"
+        like += f", a disk of {profile.disk_bytes_per_s.value / 1e9:.1f} GB/s"
     spread = f"{seeds} drawn chats"
     if len(hosts) > 1:
         spread += f" and {hosts[0] * 1e6:.0f} to {hosts[-1] * 1e6:.0f} us of host time per layer"

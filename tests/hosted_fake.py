@@ -138,6 +138,7 @@ def assemble(
     progress: Callable[[LoadProgress], None],
     cancelled: Callable[[], bool],
     publish: Callable[[TelemetrySnapshot], None],
+    beside: bool,
 ) -> FakeEngine:
     progress(LoadProgress("Reading", 1, 2))
     if request.model == "broken":
