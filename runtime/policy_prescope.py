@@ -311,13 +311,13 @@ class PreScope:
     def _admission(self, moment: Moment) -> list[Wish]:
         """Choose who of those that the CPU computed is worth a copy most, if anybody is.
 
-        Only where copies ahead wait for the CPU to pause, and so leave most of the link unused.
-        While it is under way its slot is empty and the CPU slower.
+        A free slot is filled at no one's expense. Else only where copies ahead wait for the CPU to
+        pause, and so leave most of the link unused: while a copy is under way its slot is empty
+        and the CPU slower.
         """
-        averages, costs = self._averages, self.costs
-        if not (self.settings.admit and averages.period_s and self._holds()):
-            return []
-        if not self._value.checked:
+        averages, costs, free_slot = self._averages, self.costs, moment.free_slots > 0
+        pays = self.settings.admit and self._holds() and self._value.checked
+        if not averages.period_s or not (pays or free_slot):
             return []
         for expert in [each for each in self._missed if moment.holds(each)]:
             del self._missed[expert]
@@ -329,7 +329,7 @@ class PreScope:
         free = max(0.1, 1.0 - averages.link_share)
         uses = self._lasting(found) - self._value.lost(copy_s / free / pass_s)
         price_s = self._slower * copy_s * min(1.0, averages.cpu_s / averages.period_s)
-        if uses * self._saved_s(found.layer) <= self.settings.margin * price_s:
+        if not free_slot and uses * self._saved_s(found.layer) <= self.settings.margin * price_s:
             return []
         self._admitting = found
         return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from runtime.__main__ import main
 from runtime.activation_tracing import MoeInfinityTracer
-from runtime.bench import policies_live, policies_measure
+from runtime.bench import policies_live, policies_measure, policies_planning
 from runtime.bench.policies import ABLATIONS, tell
 from runtime.bench.policies_bound import bound_s
 from runtime.bench.policies_cells import (
@@ -39,7 +39,7 @@ from runtime.bench.policies_cells import (
     machines,
     quick_cells,
 )
-from runtime.bench.policies_chats import COLLECTED, collected, preloaded
+from runtime.bench.policies_chats import COLLECTED, collected, preloaded, session_of
 from runtime.bench.policies_measure import RIVALS, CellResults, Result
 from runtime.bench.policies_models import MODELS
 from runtime.bench.policies_summary import TARGETS, rows, summary, targets
@@ -374,6 +374,29 @@ def test_an_ablation_compares_the_policy_with_itself(capfd: pytest.CaptureFixtur
         assert 0.0 < part["min"] <= part["max"]
         assert part["decode_geomean"] or part["prefill_geomean"]
     assert all(name in tell(result) for name in ABLATIONS)
+
+
+def test_another_seed_gives_other_chats_and_the_same_seed_the_same() -> None:
+    cell = fixed_cells()[0]
+    first, again, other = (session_of(cell, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.passes != other.passes
+    assert len(first.passes) == len(other.passes)
+    assert preloaded("OLMoE", 16, 100, by_layer=False, seed=1) != preloaded(
+        "OLMoE", 16, 100, by_layer=False
+    )
+
+
+def test_planning_is_timed_for_each_model_at_one_and_many_requests(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies_planning, "MAIN_MODELS", ("Mixtral-8x7B 4-bit",))
+    assert main(["bench", "policies", "--planning", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    rows = result["planning"]
+    assert [row["batch"] for row in rows] == [1, 64]
+    assert all(row["median_us_per_layer"] > 0 and row["layers_timed"] > 100 for row in rows)
+    assert "Mixtral" in tell(result)
 
 
 def test_a_policy_that_beats_the_bound_stops_the_bench(

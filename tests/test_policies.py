@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from runtime.core import ExpertId, PolicyName
+from runtime.core import ExpertId, PolicyName, Reading
 from runtime.errors import ConfigError
 from runtime.link import chunk_bytes_for
 from runtime.policy import Moment, PolicySetup, Routed, Wish
@@ -174,3 +176,64 @@ def test_a_prompt_streams_the_next_layer_while_this_one_is_computed() -> None:
     ours, hybrid = run(prompt, "prescope", slots=24), run(prompt, "hybrid", slots=24)
     assert ours.measured_s <= hybrid.measured_s
     assert ours.measured.served_prefetch_in_time > 0
+
+
+def test_an_idle_link_brings_in_what_will_be_used_again_and_keeps_it() -> None:
+    """Where a copy takes longer than the CPU pauses, nothing can be copied ahead in time."""
+    passes = trace_of(5, passes=300, recall=0.5)
+    slow = emulated_profile(link_bytes_per_s=12e6, cpu_bytes_per_s=100e6)
+    slow = replace(slow, cpu_expert_bytes_per_s_while_copying=Reading(90e6, "emulated"))
+    admits, without = (run(passes, "prescope", profile=slow, admit=on) for on in (True, False))
+    assert admits.measured.hit_rate > without.measured.hit_rate + 0.05
+    assert admits.measured_s < without.measured_s
+    used, wasted = (
+        admits.measured.link_bytes_prefetch_used,
+        admits.measured.link_bytes_prefetch_wasted,
+    )
+    assert used > 4 * wasted
+
+
+def lines_run(experts: int) -> int:
+    """Return how many lines of ours one layer's plans take with this many experts.
+
+    Half of them are hits and half misses, one is coming, all are guessed for both layers ahead.
+    """
+    layers = 4
+    sizes = (SIZE,) * layers
+    policy = PreScope(PolicySetup((experts,) * layers, K, sizes, experts, Costs.of(MACHINE)))
+    everyone = [Miss(number, 2) for number in range(experts)]
+    for number in range(experts):
+        policy.eviction.used(ExpertId(0, number), 0.0)
+        policy.eviction.admitted(ExpertId(1, number), 0.0, prefetched=False)
+    half = experts // 2
+    routed = Routed(0, tuple(everyone[1:half]), (everyone[0],), tuple(everyone[half:]))
+    guesses = tuple(Guess(number, 0.5 + 0.4 * number / experts) for number in range(experts))
+    soon = (Prediction(1, 1, guesses), Prediction(2, 2, guesses))
+    queue = QueueState(0.001, left_bytes={ExpertId(0, 0): SIZE // 2})
+    now = moment(tokens=64, queue=queue)
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if "runtime" not in frame.f_code.co_filename:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    policy.begin_pass((), now)
+    sys.settrace(trace)
+    try:
+        plan = policy.place(routed, now)
+        policy.beside(routed, plan, soon, now)
+        policy.between(0, now)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_layers_plan_takes_steps_in_proportion_to_its_experts() -> None:
+    steps = {experts: lines_run(experts) for experts in (32, 128, 512)}
+    assert steps[32] > 32
+    assert steps[128] < 4.6 * steps[32]
+    assert steps[512] < 4.6 * steps[128]

@@ -31,7 +31,9 @@ from runtime.bench.policies_summary import OURS, geomean, rows, summary, targets
 ABLATIONS: Mapping[str, Settings] = {
     "without copies ahead": {"prefetch": False},
     "without protection": {"protect": False},
-    "with idle-link admission": {"admit": True},
+    "without idle-link admission": {"admit": False},
+    "estimates believed unchecked": {"check": False},
+    "any likelihood copied ahead": {"least_use": 0.0},
     "LRU eviction": {"eviction": "lru"},
     "decayed-frequency eviction": {"eviction": "decayed-frequency"},
     "without split constants": {"constants": False},
@@ -57,6 +59,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     seed = options.seed or 0
     if options.ablate:
         return _ablate(cells, seed, options.jobs, say)
+    if options.planning:
+        from runtime.bench.policies_planning import measure_planning
+
+        return {"planning": measure_planning(cells, seed), "seed": seed}
     found = run_cells(cells, partial(run_cell, seed=seed), options.jobs, say)
     figures = summary(found)
     result: dict[str, Any] = {
@@ -81,6 +87,10 @@ def tell(result: dict[str, Any]) -> str:
         from runtime.bench.policies_live import tell_live
 
         return tell_live(result["live"])
+    if "planning" in result:
+        from runtime.bench.policies_planning import tell_planning
+
+        return tell_planning(result["planning"])
     if "ablation" in result:
         return policies_text.tell_ablation(result)
     return policies_text.tell_policies(result)

@@ -7,7 +7,7 @@ Only a model's first layers are simulated; seconds and bytes are scaled by layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,11 @@ def run_variants(
     return {name: bench.run(policy, settings) for name, settings in variants.items()}
 
 
+def watch_ours(cell: Cell, watch: Callable[[Policy], None], seed: int = 0) -> Result:
+    """Run our policy in a cell after `watch` was given it, to see its calls."""
+    return _Bench(cell, seed).run(next(iter(PRESCOPE)), {}, watch)
+
+
 class _Bench:
     """One cell's machine, model and chats, on which policies are run one after another."""
 
@@ -142,9 +147,13 @@ class _Bench:
         )
         self.bound_tokens_per_s = self._tokens / (least_s * self._scale)
 
-    def run(self, name: str, settings: Settings) -> Result:
+    def run(
+        self, name: str, settings: Settings, watch: Callable[[Policy], None] | None = None
+    ) -> Result:
         """Run one policy with one choice of its settings."""
         policy = self._policy(name, settings)
+        if watch is not None:
+            watch(policy)
         chunk_bytes = chunk_bytes_for(self._profile.link_bytes_per_s.value)
         if not policy.copies_ahead:
             # Chunks let demands overtake prefetches; without prefetches an expert may stay whole.

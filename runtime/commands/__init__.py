@@ -91,6 +91,7 @@ COMMANDS = {
             },
             "--plot": {"metavar": "FILE", "help": "draw the result into a PNG file"},
             "--ablate": {"action": "store_true", "help": "leave out one part at a time instead"},
+            "--planning": {"action": "store_true", "help": "how long plans take per layer instead"},
             "--live": {"action": "store_true", "help": "run the default model instead"},
             "--layers": {"type": int, "metavar": "N", "help": "layers of the large checkpoint"},
             "--folder": {"metavar": "DIR", "help": "where the large checkpoint lies, or shall lie"},

@@ -1,0 +1,88 @@
+"""What a slot is worth: estimates of use that die away, and that have to come true."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from runtime.core import ExpertId
+from runtime.eviction import Lru
+from runtime.eviction_next_use import ExpectedNextUse
+from runtime.policy_slot_value import CHECK_PASSES, SlotValue
+
+EXPERTS = 16
+FAVOURITE, VICTIM = ExpertId(0, 0), ExpertId(0, EXPERTS - 1)
+
+
+def counted(uses: list[float]) -> ExpectedNextUse:
+    eviction = ExpectedNextUse(1)
+    for token in uses:
+        eviction.used(FAVOURITE, token)
+    return eviction
+
+
+@pytest.mark.parametrize("passes", [1.0, 8.0, 32.0])
+def test_who_is_used_in_every_pass_will_be_used_in_every_pass(passes: float) -> None:
+    always = counted([float(token) for token in range(2000)])
+    assert always.uses(FAVOURITE, passes) == pytest.approx(passes, rel=0.01)
+
+
+def test_a_single_use_promises_less_per_pass_the_longer_one_looks_ahead() -> None:
+    once = counted([100.0])
+    promised = [once.uses(FAVOURITE, passes) for passes in (1.0, 8.0, 32.0)]
+    assert 0.0 < promised[0] < promised[1] < promised[2] < 1.5
+    assert promised[2] < 0.3 * 32 * promised[0]
+    assert once.uses(ExpertId(0, 3), 8.0) == 0.0
+
+
+def trust_after(seed: int, lasting: bool, passes: int = 300) -> float:
+    """Route three experts per pass: from a set that changes now and then, or just anyone."""
+    draw = random.Random(seed)
+    eviction = ExpectedNextUse(1)
+    value = SlotValue(eviction, (EXPERTS,))
+    hot = draw.sample(range(EXPERTS), 5)
+    for token in range(passes):
+        if token % 40 == 0:
+            hot = draw.sample(range(EXPERTS), 5)
+        chosen = draw.sample(hot if lasting else range(EXPERTS), 3)
+        for number in chosen:
+            eviction.used(ExpertId(0, number), float(token))
+        value.used(0, chosen, float(token), prompt=False)
+        rest = [e for e in range(EXPERTS) if e not in chosen]
+        value.replaces(ExpertId(0, draw.choice(rest)))
+        value.watch(0, chosen)
+        value.end_pass()
+    return value.trust
+
+
+def test_estimates_are_trusted_as_far_as_they_came_true() -> None:
+    for seed in range(3):
+        assert trust_after(seed, lasting=True) > 0.6
+        assert trust_after(seed, lasting=False) < 0.25
+
+
+def test_nothing_counts_as_checked_before_anything_was() -> None:
+    value = SlotValue(ExpectedNextUse(1), (EXPERTS,))
+    assert not value.checked
+    for token in range(CHECK_PASSES + 1):
+        value.used(0, [0], float(token), prompt=False)
+        value.replaces(VICTIM)
+        value._counts.used(FAVOURITE, float(token))
+        value.watch(0, [0])
+        value.end_pass()
+    assert value.checked
+    believed = SlotValue(ExpectedNextUse(1), (EXPERTS,), check=False)
+    assert believed.checked
+    assert believed.trust == 1.0
+
+
+def test_other_rules_than_expected_next_use_are_valued_by_counts_of_our_own() -> None:
+    value = SlotValue(Lru(), (EXPERTS,))
+    value.passes = 8.0
+    for token in range(50):
+        value.used(0, [0], float(token), prompt=False)
+    assert value.saved(FAVOURITE, VICTIM) > 0.0
+    value.replaces(FAVOURITE)
+    assert value.saved(VICTIM) < 0.0
+    assert 0.0 < value.lost(2.0) < value.lost(4.0)
