@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -222,6 +223,22 @@ def test_layers_and_matrices_that_were_left_plain_stay_plain(name: str, tmp_path
     for expected, actual in zip(logits(reference), logits(loaded.model), strict=True):
         # In bfloat16 experts take faster ways that round otherwise.
         assert (expected - actual).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.families
+@pytest.mark.parametrize(
+    "family",
+    ["ernie4_5_moe", "glm4_moe", "hy_v3", "jamba", "minimax_m2", "nemotron_h", "qwen3_next"],
+)
+def test_experts_of_other_families_are_those_of_the_plain_model(
+    family: str, tmp_path: Path
+) -> None:
+    file_format = dataclasses.replace(FILE_FORMATS["fp8 blocks"], family=family)
+    folder, plain = tmp_path / "quantised", tmp_path / "plain"
+    config = write_quantised(file_format, folder, plain)
+    loaded = load(folder, dtype=torch.float32)
+    assert all(len(layer.format.matrices) == 2 for layer in loaded.layers)
+    compare_experts(loaded, load_reference(plain, config))
 
 
 @pytest.mark.parametrize(
