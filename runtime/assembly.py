@@ -62,14 +62,15 @@ def assemble(
     import psutil
     import torch
 
+    from runtime.disk_probe import with_disk
     from runtime.file_digests import verify_files
     from runtime.loader import ran_out_of_memory, read_shape
     from runtime.planner import plan_memory
     from runtime.planner_steps import shortened, smaller_plans
     from runtime.profiles_file import keep_profile
 
-    profile = profile_for(request)
     folder = model_folder(request.model)
+    profile = with_disk(profile_for(request), folder)
     # What the emulated card computes is charged to its ledger: one thread is enough for that. In
     # place, experts get all real cores.
     torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
