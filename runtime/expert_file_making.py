@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from runtime.weight_forms import Codes, encode, parts_of
 SYNC_BYTES = 64 * 2**20
 PIECE_NUMBERS = 2**22
 MAKERS = 4
+SCRATCH_BYTES = 256 * 2**20
 
 log = logging.getLogger("prescope.experts")
 
@@ -181,13 +183,17 @@ class KeptExperts:
         self._quantiser = quantiser
         self._writing = threading.Lock()
         """Held for everything that changes here: the writer, the file, what is written, notices."""
-        self._own = threading.local()
         self._file: ExpertFile | None = None
         self._writer: ExpertFileWriter | None = None
         self._written: set[ExpertId] = set()
         self._unsynced_bytes = 0
         largest = max((layer.plain.size_bytes for layer in layers), default=0)
+        # As many experts are made at once as memory may lie beside the plan, at least one.
+        self._turns = max(1, min(MAKERS, SCRATCH_BYTES // max(1, largest)))
         self._scratch_bytes = largest
+        self._scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
+        for _ in range(self._turns):
+            self._scratch.put(None)
         if path is None:
             return
         self._file, ignored = open_expert_file(path, header)
@@ -238,7 +244,10 @@ class KeptExperts:
         """
         if self._file is not None:
             return
-        self._make_the_rest(progress, cancelled)
+        if self._writer is not None:
+            self._make_the_rest(progress, cancelled)
+        for _ in [self._scratch.get() for _ in range(self._turns)]:
+            self._scratch.put(None)
         with self._writing:
             if self._writer is not None:
                 try:
@@ -309,15 +318,20 @@ class KeptExperts:
             return found
 
     def _make(self, expert: ExpertId, into: memoryview) -> None:
-        scratch: Tensor | None = getattr(self._own, "scratch", None)
-        if scratch is None:
-            scratch = self._own.scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
         layer = self._layers[expert.layer]
-        plain = scratch[: layer.plain.size_bytes]
-        self._plain.read(expert, bytes_in(plain))
-        target = torch.frombuffer(into, dtype=torch.uint8)
-        whose = f"expert {expert.expert} of MoE layer {expert.layer}"
-        layer.convert(plain, target, self._quantiser, self.stop, whose)
+        scratch = self._scratch.get()
+        try:
+            if self.stop():
+                raise CancelledError("Loading was stopped.")
+            if scratch is None:
+                scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
+            plain = scratch[: layer.plain.size_bytes]
+            self._plain.read(expert, bytes_in(plain))
+            target = torch.frombuffer(into, dtype=torch.uint8)
+            whose = f"expert {expert.expert} of MoE layer {expert.layer}"
+            layer.convert(plain, target, self._quantiser, self.stop, whose)
+        finally:
+            self._scratch.put(scratch)
 
     def _heal(
         self, file: ExpertFile, expert: ExpertId, into: memoryview, damage: ModelFilesError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -442,4 +444,36 @@ def test_weights_that_are_not_finite_are_named_instead_of_spread(
     opened = model.open(tmp_path / "cache")
     with pytest.raises(ModelFilesError, match="down of expert 2 of MoE layer 1 has numbers"):
         opened.read_all()
+    opened.kept.close()
+
+
+@pytest.mark.parametrize(("room_bytes", "at_once"), [(1, 1), (2**20, 4)])
+def test_no_more_experts_are_made_at_once_than_memory_may_lie_beside_the_plan(
+    room_bytes: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.expert_file_making.SCRATCH_BYTES", room_bytes)
+    ours = plain_quantiser("int8")
+    busy, most, lock = [0], [0], threading.Lock()
+
+    def slowly(matrix: Tensor, form: Form) -> Codes:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.02)
+        with lock:
+            busy[0] -= 1
+        return ours.quantise(matrix, form)
+
+    opened = Model(tmp_path / "m").open(tmp_path / "cache", replace(ours, quantise=slowly))
+    most[0] = 0
+    opened.complete()
+    assert most[0] <= at_once
+    assert (most[0] > 1) == (at_once > 1)
+    opened.kept.close()
+
+
+def test_nothing_is_made_at_the_end_where_nothing_is_kept(tmp_path: Path) -> None:
+    opened = Model(tmp_path / "m").open(None)
+    assert opened.complete() == []
+    assert opened.files.reads == 0
     opened.kept.close()
