@@ -61,25 +61,25 @@ class _Metadata:
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
         if type(value) is not int:
-            self._wrong(key, value)
+            self.wrong(key, value)
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if type(value) not in (int, float):
-            self._wrong(key, value)
+            self.wrong(key, value)
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._value(key, default)
         if type(value) is not bool:
-            self._wrong(key, value)
+            self.wrong(key, value)
         return value
 
     def text(self, key: str, default: str) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
-            self._wrong(key, value)
+            self.wrong(key, value)
         return value
 
     def token(self, name: str) -> int | None:
@@ -106,7 +106,7 @@ class _Metadata:
             raise ModelFilesError(f"{self._name} does not state {full}.", _AGAIN)
         return value
 
-    def _wrong(self, key: str, value: Any) -> NoReturn:
+    def wrong(self, key: str, value: Any) -> NoReturn:
         raise ModelFilesError(
             f"{self._name}: {self.architecture}.{key} is {str(value)[:60]!r}, which is not usable.",
             _AGAIN,
@@ -258,6 +258,15 @@ def _deepseek(told: _Metadata) -> dict[str, Any]:
 
 
 def _qwen3_5_moe(told: _Metadata) -> dict[str, Any]:
+    # transformers makes lists as long as these say, so they have to fit the tensors.
+    keys, values = told.whole("ssm.group_count"), told.whole("ssm.time_step_rank")
+    rows = 2 * keys * told.whole("ssm.state_size") + told.whole("ssm.inner_size")
+    for key, size, leaf in (
+        ("time_step_rank", values, "ssm_a"),
+        ("inner_size", rows, "attn_qkv.weight"),
+    ):
+        if keys < 1 or values % keys or size != told.size(leaf, 0):
+            told.wrong(f"ssm.{key}", size)
     config = mapped_config(told.architecture, told.metadata, tuple(told.tensors))
     config.pop("vocab_size")  # That of the embeddings counts.
     return config

@@ -16,6 +16,9 @@ from transformers.integrations.gguf.utils import (
     is_gguf_arch_supported,
 )
 
+from runtime.adapter_config import REFUSALS
+from runtime.errors import ModelFilesError
+
 
 class GgufMapping:
     """transformers' own renamings and conversions for one architecture."""
@@ -56,8 +59,20 @@ class GgufMapping:
 
 
 def mapping_of(architecture: str, skeleton: Any) -> GgufMapping | None:
-    """Return transformers' mapping for an architecture, or None where it has none."""
-    return GgufMapping(architecture, skeleton) if is_gguf_arch_supported(architecture) else None
+    """Return transformers' mapping for an architecture, or None where it has none.
+
+    Raises:
+        ModelFilesError: the sizes in the configuration do not fit each other.
+    """
+    if not is_gguf_arch_supported(architecture):
+        return None
+    try:
+        return GgufMapping(architecture, skeleton)
+    except REFUSALS as error:
+        raise ModelFilesError(
+            f"No {architecture} model can be made of the metadata: {error!s:.200}",
+            "Download the model again, or choose another one.",
+        ) from error
 
 
 def mapped_config(

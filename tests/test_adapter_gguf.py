@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from runtime.loader_source import open_source
 from runtime.store_recipes import RecipeSource
 from runtime.weight_forms import dequantise, held
 from tests.checkpoints import attach_plain_runner, load, logits
+from tests.family_table import note
 from tests.gguf_models import FAMILIES, GgufModel, make_model
-from tests.gguf_writer import QUANTISED, Stored, stored, write_split
+from tests.gguf_writer import QUANTISED, Stored, gguf_bytes, stored, write_split
 
 # Types as llama.cpp mixes them: of the experts, of their last matrix, of dense weights.
 MIXES = {
@@ -74,6 +76,8 @@ def test_logits_are_those_of_the_dequantised_model(
     family: str, experts: str | tuple[str, ...], down: str, dense: str, tmp_path: Path
 ) -> None:
     check(make_model(family, experts, down, dense), tmp_path / "m.gguf")
+    kinds = (experts,) if isinstance(experts, str) else experts
+    note(family, "GGUF", ", ".join(k for k in (*kinds, down) if k in (*QUANTISED, "MXFP4")))
 
 
 def test_every_family_is_among_the_cases() -> None:
@@ -278,6 +282,17 @@ def test_files_that_do_not_fit_are_refused_by_name(change: str, tmp_path: Path) 
         load(path)
 
 
+@pytest.mark.parametrize("key", ["time_step_rank", "inner_size", "group_count", "state_size"])
+@pytest.mark.parametrize("value", [0, 3, 2**31])
+def test_sizes_of_linear_attention_have_to_fit_its_tensors(
+    key: str, value: int, tmp_path: Path
+) -> None:
+    made = make_model("qwen3_5_moe_text")
+    made.metadata[f"qwen35moe.ssm.{key}"] = value
+    with pytest.raises(ModelFilesError, match="qwen35moe.ssm"):
+        read_shape(made.write(tmp_path / "m.gguf"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -297,3 +312,25 @@ def test_what_this_code_does_not_know_is_refused_and_not_guessed(
     assert caught.value.next_step
     with pytest.raises(UnsupportedModelError, match=words):
         read_shape(path)
+
+
+ODD: tuple[Any, ...] = (0, 1, -1, 7, 2**32 - 1, 1.5, float("nan"), "x", "", True, [1, 2], ["a"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe_text"])
+def test_no_value_of_the_metadata_escapes_a_named_error(family: str, tmp_path: Path) -> None:
+    made = make_model(family, "Q4_0")
+    drawn = random.Random(3)
+    refused = 0
+    for _ in range(40):
+        changes = {key: drawn.choice(ODD) for key in drawn.sample(sorted(made.metadata), 2)}
+        path = tmp_path / "m.gguf"
+        path.write_bytes(gguf_bytes(made.metadata | changes, made.tensors))
+        try:
+            source = open_source(path)
+            source.files.close()
+            skeleton = build_skeleton(source.config, torch.bfloat16)
+            source.sort(skeleton, find_moe_layers(skeleton, torch.bfloat16))
+        except (ModelFilesError, UnsupportedModelError):
+            refused += 1
+    assert refused > 20
