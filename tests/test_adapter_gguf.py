@@ -317,7 +317,8 @@ def test_what_this_code_does_not_know_is_refused_and_not_guessed(
 ODD: tuple[Any, ...] = (0, 1, -1, 7, 2**32 - 1, 1.5, float("nan"), "x", "", True, [1, 2], ["a"])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe_text"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_no_value_of_the_metadata_escapes_a_named_error(family: str, tmp_path: Path) -> None:
     made = make_model(family, "Q4_0")
     drawn = random.Random(3)
