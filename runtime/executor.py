@@ -384,11 +384,11 @@ class Executor:
         rows = self._rows
 
         def compute() -> None:
-            for expert in experts:
-                parts = self._ram.views_of(expert)
-                for mine in rows:
-                    if expert.expert in mine.demands:
-                        mine.compute(expert.expert, parts)
+            parts = {expert.expert: self._ram.views_of(expert) for expert in experts}
+            for mine in rows:
+                demanded = {e: held for e, held in parts.items() if e in mine.demands}
+                if demanded:
+                    mine.compute_together(demanded)
 
         layout_bytes = self._layers[experts[0].layer].format.size_bytes
         work = [(layout_bytes, self._demands[expert.expert]) for expert in experts]

@@ -28,6 +28,14 @@ class LayerRows(Protocol):
         """Compute the rows of `expert` with its weights, wherever those are."""
         ...
 
+    def compute_together(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Compute the rows of several experts whose weights are on one device.
+
+        The arithmetic is that of `compute`, one by one: even what works number by number rounds
+        by position, in the tails of torch's vectorised loops.
+        """
+        ...
+
     def combined(self) -> Tensor:
         """Return (tokens, hidden) once every demanded expert is computed."""
         ...
@@ -64,6 +72,22 @@ class _OneTokenRows:
         else:
             rows = self._math.rows(parts, hidden.to(device), weights.to(device))
             self._rows[expert] = rows.to(hidden.device, non_blocking=True)
+
+    def compute_together(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
+        device = next(iter(next(iter(experts.values())).values())).device
+        if device == self._hidden.device:
+            for expert, parts in experts.items():
+                self.compute(expert, parts)
+            return
+        # One copy there and one back for all: each costs as much as a small expert's arithmetic.
+        hidden = self._hidden.to(device)
+        weights = torch.cat([self._weights[expert] for expert in experts]).to(device)
+        rows = [
+            self._math.rows(parts, hidden, weight.unsqueeze(0))
+            for parts, weight in zip(experts.values(), weights.unbind(), strict=True)
+        ]
+        home = torch.cat(rows).to(self._hidden.device, non_blocking=True)
+        self._rows.update(zip(experts, home.unsqueeze(1).unbind(), strict=True))
 
     def combined(self) -> Tensor:
         rows = torch.stack([self._rows[expert] for expert in self.demands], dim=1)
@@ -102,6 +126,10 @@ class _ManyTokenRows:
         x = self._hidden[self._token_of[mine]].to(device)
         rows = self._math.rows(parts, x, self._weights[mine].to(device))
         self._rows[self._row_of[mine]] = rows.to(self._rows.device)
+
+    def compute_together(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
+        for expert, parts in experts.items():
+            self.compute(expert, parts)
 
     def combined(self) -> Tensor:
         return combine(self._rows, self._top_k_index, self._hidden.dtype)
