@@ -66,6 +66,7 @@ class Engine:
         self._process = psutil.Process()
         self._waiting: list[Generation] = []
         self._running: list[Generation] = []
+        self._given_up: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -77,8 +78,8 @@ class Engine:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences for a person about how the model was loaded."""
-        return self.parts.remarks
+        """Sentences for a person about how the model was loaded and what it gave up since."""
+        return (*self.parts.remarks, *self._given_up)
 
     @property
     def kept_tokens(self) -> int:
@@ -266,7 +267,9 @@ class Engine:
         before = executor.slots
         if not executor.shrink():
             return False
-        log.warning("memory ran out: %d expert slots instead of %d", executor.slots, before)
+        told = f"Memory ran out while answering: {executor.slots:,} expert slots are left."
+        self._given_up = (told,)
+        log.warning("%s There were %d.", told, before)
         return True
 
     def _let_in(self) -> None:

@@ -257,6 +257,8 @@ class Host:
         """Compute one pass for every generation and send what came of it."""
         assert self._engine is not None
         self._engine.step()
+        if self._engine.remarks != self._status.remarks:
+            self._show(remarks=self._engine.remarks)
         for job, generation in list(self._answers):
             self._tell(job, generation)
 

@@ -91,6 +91,8 @@ class FakeEngine:
         text = messages[-1].content
         if text == "hang":
             time.sleep(60)
+        if text == "tight":
+            self.remarks = ("Memory ran out while answering.",)
         if text == "refuse":
             raise RequestError("No.", "Ask otherwise.")
         self._publish(snapshot(self.name, self.policy, self.prediction))

@@ -88,6 +88,13 @@ def test_the_wish_for_quantised_experts_arrives_with_the_app_s_data_folder(
     assert load(engine).remarks == ()
 
 
+def test_what_an_engine_gives_up_while_it_answers_is_told(engine: LocalEngine) -> None:
+    assert load(engine).remarks == ()
+    assert say(engine, "tight") == "tight "
+    until(lambda: engine.status().remarks == ("Memory ran out while answering.",))
+    assert engine.status().state == "ready"
+
+
 def test_a_generation_sent_right_after_a_load_waits_for_it(engine: LocalEngine) -> None:
     engine.load(LoadRequest("model"))
     assert say(engine, "hello") == "hello "

@@ -113,5 +113,9 @@ def test_memory_that_runs_out_while_answering_costs_slots_and_not_the_answer(
         return honest(layer, parts)  # type: ignore[arg-type]
 
     engine._passes.meeting._run_together = tight
+    assert not engine.remarks
     assert tokens(engine, "e") == expected
     assert executor.slots == whole * 3 // 4
+    assert engine.remarks == (
+        f"Memory ran out while answering: {executor.slots} expert slots are left.",
+    )
