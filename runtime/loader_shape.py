@@ -24,9 +24,9 @@ from runtime.expert_file_making import Quantiser, quantised_layer
 from runtime.formats import Form
 from runtime.gguf_files import is_gguf
 from runtime.loader import read_shape
+from runtime.loader_experts import quantiser_for
 from runtime.quantized_schemes import Scheme
 
-_WISHED = {"int8": Form("int8"), "int4": Form("int4", columns=64, zeros=True)}
 _MXFP4_COLUMNS = 32
 
 
@@ -60,7 +60,7 @@ def foresee_shape(
         UnsupportedModelError: the family or format cannot be run here.
     """
     if is_gguf(path):
-        shape = read_shape(path, dtype)
+        shape = read_shape(path, dtype, wish)
         return ForeseenShape(shape, "gguf", 2 * shape.expert_bytes, True)
     folder = path.parent if path.name == CONFIG_NAME else path
     config = read_config(folder)
@@ -76,27 +76,27 @@ def foresee_shape(
     from_files = any(folder.glob("*.safetensors"))
     if quantisation is not None:
         form = quantisation.method
-        layers = _held(layers, [_form(scheme) for scheme in quantisation.schemes])
+        layers = _held(layers, [_sizes_only(_form(scheme)) for scheme in quantisation.schemes])
     elif wish != "as stored":
         form = wish
-        layers = _held(layers, [_WISHED[wish]])
-    if from_files and wish == "as stored":
-        shape = read_shape(folder, dtype)
+        layers = _held(layers, [quantiser_for(wish)])
+    if from_files:
+        shape = read_shape(folder, dtype, wish)
     else:
         shape = model_shape(folder.name, skeleton, layers)
     return ForeseenShape(shape, form, weights, from_files)
 
 
-def _held(layers: Sequence[MoeLayer], forms: Sequence[Form]) -> list[MoeLayer]:
-    """Return the layers with their experts' matrices in the largest of `forms`."""
+def _held(layers: Sequence[MoeLayer], quantisers: Sequence[Quantiser]) -> list[MoeLayer]:
+    """Return the layers with their experts as they are held by the least saving of these."""
     held = []
     for layer in layers:
         weights = (layer.math.up, layer.math.down)
         choices = [
             quantised_layer(
-                layer.experts, layer.format, weights, layer.math.transposed, _sizes_only(form)
+                layer.experts, layer.format, weights, layer.math.transposed, quantiser
             ).held
-            for form in forms
+            for quantiser in quantisers
         ]
         largest = max(choices, key=lambda choice: choice.size_bytes)
         held.append(replace(layer, format=largest))

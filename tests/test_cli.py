@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def test_plan_knows_what_quantised_experts_weigh(
     _, result = answer(capfd, "plan", str(configs[name]), "--profile", "rtx4090")
     assert result["shape"]["expert_bytes"] == pytest.approx(3 * 2048 * 768 * bits / 8, rel=0.001)
     assert result["expert_form"] == name
+
+
+@pytest.mark.parametrize("wish", ["int8", "int4"])
+def test_a_config_alone_foretells_what_quantising_comes_to(wish: str, tmp_path: Path) -> None:
+    """The same sizes as with the weights at hand, which are quantised while loading."""
+    from runtime.config import DEFAULT_MODEL_DIR
+    from runtime.loader_shape import foresee_shape
+
+    (tmp_path / "config.json").write_bytes((DEFAULT_MODEL_DIR / "config.json").read_bytes())
+    with_files = foresee_shape(DEFAULT_MODEL_DIR, None, wish)  # type: ignore[arg-type]
+    alone = foresee_shape(tmp_path, None, wish)  # type: ignore[arg-type]
+    assert (with_files.from_files, alone.from_files) == (True, False)
+    assert alone.form == wish
+    assert replace(alone.shape, name="") == replace(with_files.shape, name="")
+    assert alone.shape.expert_bytes < foresee_shape(tmp_path).shape.expert_bytes
 
 
 def test_plan_says_what_a_person_gets(
