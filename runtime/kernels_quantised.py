@@ -157,19 +157,31 @@ def _float8(matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor:
     return values.mul_(wide_scales.repeat_interleave(width, 1)[:, :columns])
 
 
+_NOTHING = 2.0**-63
+_LEAST_EXPONENT = 127 - 60
+
+
 @functools.cache
 def _four_numbers() -> Tensor:
-    """Return, by uint16, the four mxfp4 numbers of two bytes as one int64."""
-    values = torch.tensor(MXFP4_VALUES, dtype=torch.bfloat16)
+    """Return, by uint16, the four mxfp4 numbers of two bytes as one int64; 2 ** -63 stands for 0.
+
+    So that exponents can be added to all of them alike.
+    """
+    values = torch.tensor([value or _NOTHING for value in MXFP4_VALUES], dtype=torch.bfloat16)
     bits = torch.arange(2**16)
     return torch.stack([values[bits >> shift & 15] for shift in (0, 4, 8, 12)], 1).view(torch.int64)
 
 
 def _mxfp4(matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor:
-    """Dequantise to bfloat16 with one look-up for four numbers; exact where it is not subnormal."""
+    """Dequantise to bfloat16: one look-up for four numbers, scales added to their exponents.
+
+    Exact but for zeros, which become 2 ** -63 of their scale, and scales below 2 ** -60, which
+    become that: both far below what a sum in float32 can see.
+    """
     rows, columns = matrix.shape
     four = parts[matrix.name].view(torch.uint16).view(-1).to(torch.int32)
-    values = _four_numbers().view(-1).index_select(0, four).view(torch.bfloat16)
-    # An exponent with the bias of bfloat16, in its place, is that power of two.
-    scales = (parts[f"{matrix.name}.scales"].to(torch.int16) << 7).view(torch.bfloat16)
-    return values.view(rows, scales.shape[1], -1).mul_(scales.unsqueeze(2)).view(rows, columns)
+    values = _four_numbers().view(-1).index_select(0, four).view(torch.int16)
+    exponents = parts[f"{matrix.name}.scales"].clamp(min=_LEAST_EXPONENT).to(torch.int16)
+    shifts = (exponents - 127 << 7).unsqueeze(2)
+    values.view(rows, shifts.shape[1], -1).add_(shifts)
+    return values.view(torch.bfloat16).view(rows, columns)

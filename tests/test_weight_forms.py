@@ -123,3 +123,20 @@ def test_bfloat16_products_are_within_their_bound(name: str, shape: tuple[int, i
             assert actual.dtype == torch.bfloat16
             assert ((actual.double() - exact).abs() <= bound).all()
             assert exact.abs().max() > 8 * bound.min(), "a bound of everything proves nothing"
+
+
+@torch.inference_mode()
+def test_mxfp4_scales_of_any_size_keep_their_meaning() -> None:
+    """Blocks of zeros have the smallest scale there is; large ones must not overflow either."""
+    codes = random_codes(FORMS["mxfp4"], (16, 64), 6)
+    scales = torch.full_like(codes.scales, 0.25)
+    scales[0, 0], scales[1, 1], scales[2, 0] = 2.0**-127, 2.0**90, 2.0**-70
+    codes.codes[3] = torch.arange(64) % 2 * 8  # nothing but zeros, of both signs
+    codes = replace(codes, scales=scales)
+    layout, flat = laid_out({"w": codes}, {})
+    weight = multiply(layout.matrices[0], views(flat, layout), torch.eye(64).bfloat16()).t()
+    exact = dequantise(codes, torch.float32)
+    assert (weight.float()[4:] - exact[4:]).abs().max() < 1e-17
+    assert (weight.float()[3]).abs().max() < 1e-17
+    assert (weight.float() - exact).abs()[1, 32:].max() <= 2**-8 * exact[1, 32:].abs().max()
+    assert (weight.float() - exact).abs()[[0, 2]].max() < 1e-16
