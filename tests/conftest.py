@@ -20,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needing:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_sessionfinish() -> None:
+    """Write the table of families and formats, if the environment asks for it."""
+    if os.environ.get("PRESCOPE_FAMILY_TABLE") != "1":
+        return
+    from runtime.adapter import _NOT_OURS
+    from tests.family_table import write_table
+
+    write_table(_NOT_OURS)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING_NAMES,
     model_type_to_module_name,
@@ -38,9 +39,19 @@ from tests.family_table import (
     is_written,
     note,
     read_table,
-    write_table,
 )
 from tests.machines import emulated_profile
+from tests.quantized_files import (
+    AWQ_CONFIG,
+    FP8_CONFIG,
+    FileFormat,
+    awq,
+    compressed,
+    fp8_blocks,
+    gptq,
+    gptq_config,
+    pack_quantized,
+)
 
 EVERY_DAY = 10
 """How many families a run walks beside those of `FAMILIES`, which others tests walk always."""
@@ -49,23 +60,23 @@ ALL = FAMILIES | MORE_FAMILIES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "walked" not in metafunc.fixturenames:
-        return
-    asked = re.search(r"\bfamilies\b", metafunc.config.option.markexpr) is not None
-    if asked or not is_current():
-        names, why = sorted(ALL), "all"
-    else:
-        day = datetime.date.today().timetuple().tm_yday
-        others = sorted(MORE_FAMILIES)
-        begin = day * EVERY_DAY % len(others)
-        names, why = (others + others)[begin : begin + EVERY_DAY], f"day{day}"
-    metafunc.parametrize("walked", names, ids=[f"{why}-{name}" for name in names])
+    """Choose what is walked today; its name says why it was chosen."""
+    markers = metafunc.config.option.markexpr
+    whole = re.search(r"\bfamilies\b", markers) is not None or not is_current()
+    day = datetime.date.today().timetuple().tm_yday
+    why = "all" if whole else f"day{day}"
+    if "walked" in metafunc.fixturenames:
+        names = sorted(ALL) if whole else _of_today(sorted(MORE_FAMILIES), day)
+        metafunc.parametrize("walked", names, ids=[f"{why}-{name}" for name in names])
+    if "packed" in metafunc.fixturenames:
+        pairs = [(name, form) for name in sorted(ALL) for form in QUANTISED]
+        chosen = pairs if whole else _of_today(pairs, day)
+        metafunc.parametrize("packed", chosen, ids=[f"{why}-{a}-{b}" for a, b in chosen])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _table() -> Any:
-    yield
-    write_table(_NOT_OURS)
+def _of_today(everything: list[Any], day: int) -> list[Any]:
+    begin = day * EVERY_DAY % len(everything)
+    return (everything + everything)[begin : begin + EVERY_DAY]
 
 
 def check_family(family: str, folder: Path) -> str:
@@ -104,6 +115,65 @@ def test_logits_are_those_of_transformers(walked: str, tmp_path: Path) -> None:
     note(walked, PLAIN, outcome)
     if is_current() and not is_written():
         assert outcome == read_table()["families"][walked][PLAIN]
+
+
+# Groups of 8: the small experts are 24 wide. Only experts are quantised, as the families name them.
+QUANTISED = {
+    "FP8": FileFormat("", FP8_CONFIG, fp8_blocks(16, 16)),
+    "int4": FileFormat("", compressed("pack-quantized", group_size=8), pack_quantized(8)),
+    "AWQ": FileFormat("", AWQ_CONFIG | {"group_size": 8}, awq(8), "float16"),
+    "GPTQ": FileFormat("", gptq_config(group_size=8), gptq(8), "float16"),
+}
+_ONE_MATRIX = re.compile(r"\.experts\.\d+\.\w+\.weight$")
+
+
+@pytest.mark.families
+def test_quantised_experts_are_those_of_the_plain_model(
+    packed: tuple[str, str], tmp_path: Path
+) -> None:
+    family, form = packed
+    file_format = QUANTISED[form]
+    folder, plain = tmp_path / "packed", tmp_path / "plain"
+    make_checkpoint(family, folder, file_format.dtype)
+    tensors = load_file(folder / "model.safetensors")
+    if not any(_ONE_MATRIX.search(name) for name in tensors):
+        pytest.skip(f"the files of {family} hold all experts of a layer in one tensor")
+    generator = torch.Generator().manual_seed(7)
+    stored, meant = {}, {}
+    for name, tensor in tensors.items():
+        if _ONE_MATRIX.search(name):
+            parts, matrix = file_format.pack(generator, *tensor.shape)
+            stem = name.removesuffix("weight")
+            stored |= {stem + suffix: part.contiguous() for suffix, part in parts.items()}
+            meant[name] = matrix.float().contiguous()
+        else:
+            stored[name], meant[name] = tensor, tensor.float()
+    plain.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(meant, plain / "model.safetensors", {"format": "pt"})
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    (plain / "config.json").write_text(text, encoding="utf-8")
+    record = json.loads(text) | {"quantization_config": file_format.config}
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    config = ALL[family]()
+    config.dtype = "float32"
+    expected = logits(load_reference(plain, config))
+    loaded = load(folder, dtype=torch.float32)
+    assert all(layer.format.matrices for layer in loaded.layers)
+    attach_plain_runner(loaded.layers, loaded.store)
+    actual = logits(loaded.model)
+    loaded.store.close()
+    assert all(torch.isfinite(step).all() and step.std() > 0.03 for step in expected)
+    if all(map(torch.equal, actual, expected)):
+        note(family, form, "bitwise")
+        return
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= ROUNDING * float(theirs.std())
+    note(family, form, f"within {ROUNDING:.0e}")
+
+
+ROUNDING = 1e-5
+"""Products that are added in another order: of the spread of the logits."""
 
 
 def modelling_text(model_type: str) -> str:
