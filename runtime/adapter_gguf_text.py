@@ -26,6 +26,8 @@ from runtime.gguf_files import GgufFiles
 
 MAX_TOKENS = 2**20
 MAX_TOKEN_CHARACTERS = 1024
+MAX_ADDED_TOKENS = 2**14
+MAX_CHARACTERS_TO_MERGE = 2**22
 _KEY = "tokenizer.ggml"
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -62,6 +64,9 @@ def open_gguf_tokenizer(files: GgufFiles, vocab_size: int) -> Any | None:
     name = files.paths[0].name
     tokens = _tokens(files, name, vocab_size)
     types = _numbers(files, name, "token_type", len(tokens))
+    added = sum(kind in (_CONTROL, _USER_DEFINED) for kind in types or ())
+    if added > MAX_ADDED_TOKENS:
+        _damaged(name, f"it has {added} special tokens")
     merges = _merges(files, name)
     try:
         if kind == "gpt2":
@@ -218,6 +223,9 @@ def _sentence_piece(
         described["merges"] = merges
     elif described["scores"] is None:
         _damaged(name, "its tokenizer has neither merges nor scores")
+    elif sum(map(len, tokens)) > MAX_CHARACTERS_TO_MERGE:
+        # Merges are found by cutting every token everywhere.
+        _damaged(name, "its tokens are too long to find their merges")
     backend, _ = convert_gguf_tokenizer("llama", described)
     return backend
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from runtime import adapter_gguf_text
 from runtime.adapter_gguf_text import MAX_TOKEN_CHARACTERS, gguf_eos_token_ids, open_gguf_tokenizer
 from runtime.adapter_text import MAX_TEMPLATE_BYTES, eos_token_ids, open_tokenizer
 from runtime.config import DEFAULT_MODEL_DIR
@@ -194,6 +195,25 @@ def test_damaged_tokenizers_are_refused_by_name(name: str, tmp_path: Path) -> No
     changes, words = DAMAGED[name]
     with pytest.raises(ModelFilesError, match=words):
         open_gguf_tokenizer(opened(tmp_path, default_metadata(**changes)), 2048)
+
+
+def test_vocabularies_that_would_take_minutes_are_refused(tmp_path: Path) -> None:
+    many = default_metadata(token_type=[CONTROL] * 2048)
+    files = opened(tmp_path, many)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_gguf_text, "MAX_ADDED_TOKENS", 2047)
+        with pytest.raises(ModelFilesError, match="2048 special tokens"):
+            open_gguf_tokenizer(files, 2048)
+    long = {
+        f"{KEY}.model": "llama",
+        f"{KEY}.tokens": [f"{number:01000d}" for number in range(4500)],
+        f"{KEY}.scores": [0.0] * 4500,
+    }
+    with pytest.raises(ModelFilesError, match="too long to find their merges"):
+        open_gguf_tokenizer(opened(tmp_path, long), 4500)
+    del long[f"{KEY}.scores"]
+    with pytest.raises(ModelFilesError, match="neither merges nor scores"):
+        open_gguf_tokenizer(opened(tmp_path, long), 4500)
 
 
 def test_a_template_may_not_be_endless(tmp_path: Path) -> None:
