@@ -67,7 +67,8 @@ def test_a_first_start_has_defaults_and_no_file(tmp_path: Path) -> None:
 def test_groups_change_field_by_field(tmp_path: Path) -> None:
     store = SettingsStore(tmp_path)
     store.update(sampling={"temperature": 0.7}, emulated={"vram_bytes": 5.0})
-    store.update(sampling={"top_p": 0.9}, policy="hybrid", cache_fraction=0.25, model="/m", experts="int4")
+    store.update(sampling={"top_p": 0.9}, policy="hybrid", cache_fraction=0.25)
+    store.update(model="/m", experts="int4")
     assert store.current().sampling == SamplingParams(temperature=0.7, top_p=0.9)
     assert store.current().emulated == EmulatedMachine(vram_bytes=5)
     assert store.current().load_request() == LoadRequest(

@@ -93,7 +93,7 @@ def tell(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ram_for(plan: dict[str, Any], share: float) -> int:
+def _ram_for(plan: dict[str, int], share: float) -> int:
     """Return the RAM in which a plan of the same form keeps `share` of its experts."""
     reading_bytes = READING_EXPERTS * plan["slot_bytes"]
     needed_bytes = int(share * plan["ram_experts_bytes"]) + reading_bytes + plan["ram_device_bytes"]
