@@ -250,7 +250,7 @@ def _single_file(folder: Path) -> str:
     raise ModelFilesError(
         f"{folder.name} has no {SINGLE_NAME} and no {INDEX_NAME}"
         + (f", only {', '.join(others[:3])}." if others else "."),
-        "Only safetensors files are read; choose a model that has them.",
+        "Only safetensors and GGUF files are read; choose a model that has them.",
     )
 
 
