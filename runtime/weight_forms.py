@@ -13,6 +13,7 @@ is the low nibble.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,7 @@ def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Return the matrix (N, K) that `codes` stands for: computed in float32, rounded once."""
     kind = codes.form.kind
     if kind == "mxfp4":
-        values = torch.tensor(MXFP4_VALUES, device=codes.codes.device)[codes.codes.int()]
+        values = _mxfp4_values(codes.codes.device)[codes.codes.int()]
     elif kind == "int4":
         values = codes.codes.float() - 8
     else:
@@ -60,6 +61,11 @@ def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
     if codes.zeros is not None:
         values = values + _spread(codes.zeros, codes.form, rows, columns)
     return values.to(dtype)
+
+
+@functools.cache
+def _mxfp4_values(device: torch.device) -> Tensor:
+    return torch.tensor(MXFP4_VALUES, device=device)
 
 
 def _spread(blocks: Tensor, form: Form, rows: int, columns: int) -> Tensor:

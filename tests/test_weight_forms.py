@@ -140,3 +140,19 @@ def test_mxfp4_scales_of_any_size_keep_their_meaning() -> None:
     assert (weight.float()[3]).abs().max() < 1e-17
     assert (weight.float() - exact).abs()[1, 32:].max() <= 2**-8 * exact[1, 32:].abs().max()
     assert (weight.float() - exact).abs()[[0, 2]].max() < 1e-16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FORMS)
+@torch.inference_mode()
+def test_a_card_reads_the_same_slot(name: str) -> None:
+    codes = random_codes(FORMS[name], (128, 256), 7)
+    layout, flat = laid_out({"w": codes}, {})
+    matrix = layout.matrices[0]
+    on_card = held(matrix, views(flat.cuda(), layout))
+    assert torch.equal(on_card.codes.cpu().view(torch.uint8), codes.codes.view(torch.uint8))
+    x = torch.randn((5, 256), generator=torch.Generator().manual_seed(8))
+    exact = x @ dequantise(codes, torch.float32).t()
+    actual = multiply(matrix, views(flat.cuda(), layout), x.cuda()).cpu()
+    assert (actual - exact).abs().max() <= 1e-2 * exact.abs().max()
