@@ -276,6 +276,8 @@ MORE_FAMILIES: dict[str, Callable[[], Any]] = {
             "first_k_dense_replace": 0,
             "head_dim": 0,
             "index_kpool": 4,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
             "qk_rope_head_dim": 0,
         },
     ),
