@@ -78,6 +78,7 @@ def assemble(
     keep_profile(profile, data)
     verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
     shape = read_shape(folder, dtype_for(profile), request.experts)
+    shape = replace(shape, name=model_name(folder))
     plan = plan_memory(
         profile, shape, cache_fraction=request.cache_fraction, vram_bytes=request.vram_bytes
     )

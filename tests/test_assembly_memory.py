@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,21 @@ def test_dense_weights_that_find_no_room_are_a_lack_of_memory(
     (remark,) = engine.remarks
     assert "can't allocate memory" in remark
     engine.close()
+
+
+def test_experts_that_ram_has_no_room_for_stay_on_disk_and_the_load_says_so(
+    tmp_path: Path,
+) -> None:
+    whole = load(tmp_path)
+    expected = tokens(whole)
+    whole.close()
+    scarce = replace(REQUEST, ram_bytes=585_000_000)
+    engine = assemble(scarce, virtual_clock=True, data=tmp_path)
+    assert engine.parts.plan.ram_experts is not None
+    assert any("read from the disk" in remark for remark in engine.remarks)
+    assert tokens(engine) == expected
+    engine.close()
+    with pytest.raises(MemoryPlanError, match="PreScope Tiny needs at least"):
+        assemble(replace(REQUEST, ram_bytes=500_000_000), virtual_clock=True, data=tmp_path)
+    with pytest.raises(MemoryPlanError, match="disk"):
+        assemble(scarce, virtual_clock=True, data=tmp_path, beside=True)

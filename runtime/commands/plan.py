@@ -119,7 +119,8 @@ def _this_machine(options: argparse.Namespace, request: LoadRequest) -> Hardware
     if options.unloaded and request.model != DEFAULT_MODEL:
         kept = kept_profile(data_dir(options.data_dir))
         if kept is not None:
-            return kept
+            free_bytes = min(request.ram_bytes or kept.ram_free_bytes, kept.ram_free_bytes)
+            return replace(kept, ram_free_bytes=free_bytes)
     return profile_for(request)
 
 
