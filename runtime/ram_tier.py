@@ -14,12 +14,15 @@ from enum import Enum
 
 from runtime.cache import CacheTable, SlotState
 from runtime.core import ExpertId
-from runtime.eviction import Eviction, Lru
+from runtime.eviction import DecayedFrequency, Eviction
 from runtime.telemetry import Counters
 
 READS_IN_FLIGHT = 8
 PREFETCH_READS_IN_FLIGHT = 2
 """A demand waits for what the disk is reading: never for more than these."""
+SETTLED_TOKENS = 16
+"""After so long on the device RAM may forget an expert. Sooner, slots that turn over fast would
+send it back to the disk: on a trace of the default model that doubled what was read."""
 
 
 class Reader(Enum):
@@ -52,7 +55,7 @@ class RamTier:
     """The places of one model's experts in RAM. `layer_bytes[l]` is the size of one of layer l.
 
     With a place for every expert (`complete`) nothing is ever read again, and nothing counted.
-    Otherwise the victim is an expert that the device holds as well, if there is one, and else whom
+    Otherwise the victim is an expert that settled on the device, if there is one, and else whom
     `eviction` names.
     """
 
@@ -60,14 +63,14 @@ class RamTier:
         self, layer_bytes: Sequence[int], places: int, eviction: Eviction | None = None
     ) -> None:
         assert places > 0, f"{places} places"
-        self.table = CacheTable(places, Lru() if eviction is None else eviction)
+        self.table = CacheTable(places, DecayedFrequency() if eviction is None else eviction)
         self.hits = self.misses = self.read_bytes = 0
         self.complete = False
         self._layer_bytes = tuple(layer_bytes)
         self._wants: dict[Want, _Urgency] = {}
         self._held: dict[Want, bool] = {}
         self._reading: dict[ExpertId, Read] = {}
-        self._on_device: dict[ExpertId, int] = {}
+        self._on_device: dict[ExpertId, float] = {}
         self._slots: dict[int, ExpertId] = {}
         self._token = 0.0
         self._layer = 0
@@ -104,13 +107,14 @@ class RamTier:
     def submitted(self, slot: int) -> None:
         """Note that a slot of the device is being filled anew."""
         gone = self._slots.pop(slot, None)
-        if gone is not None and self._on_device.get(gone) == slot:
-            del self._on_device[gone]
+        if gone is not None:
+            self._on_device.pop(gone, None)
 
     def arrived(self, expert: ExpertId, slot: int) -> None:
         """Note that the device holds `expert` in `slot`."""
         self._slots[slot] = expert
-        self._on_device[expert] = slot
+        self._on_device.pop(expert, None)
+        self._on_device[expert] = self._token
 
     def want(self, want: Want, *, demanded: bool, deadline_s: float = 0.0) -> None:
         """Ask for an expert; `next` grants it. Asking again only makes it more urgent."""
@@ -256,10 +260,11 @@ class RamTier:
         return read
 
     def _victim(self) -> ExpertId | None:
-        """Return whose place is given away: who is on the device as well, else the least worth."""
-        table, on_device = self.table, self._on_device
-        if any(expert in on_device for expert in table.experts()):
-            both = table.victim(self._token, self._layer, lambda e: e not in on_device)
-            if both is not None:
-                return both
-        return table.victim(self._token, self._layer)
+        """Return whose place is given away: who settled on the device, else the least used."""
+        for expert, since in self._on_device.items():  # the longest there first
+            if self._token - since < SETTLED_TOKENS:
+                break
+            number = self.place_of(expert)
+            if number is not None and not self.table.slot(number).pins:
+                return expert
+        return self.table.victim(self._token, self._layer)

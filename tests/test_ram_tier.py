@@ -10,7 +10,15 @@ import pytest
 from runtime.cache import SlotState
 from runtime.core import ExpertId
 from runtime.errors import ModelFilesError
-from runtime.ram_tier import PREFETCH_READS_IN_FLIGHT, READS_IN_FLIGHT, RamTier, Read, Reader, Want
+from runtime.ram_tier import (
+    PREFETCH_READS_IN_FLIGHT,
+    READS_IN_FLIGHT,
+    SETTLED_TOKENS,
+    RamTier,
+    Read,
+    Reader,
+    Want,
+)
 from runtime.supply import Supply
 from runtime.transfer_queue import (
     Cancel,
@@ -133,13 +141,14 @@ def test_nobody_is_evicted_while_he_is_held_or_read() -> None:
     assert [(read.expert.expert, read.place) for read in more] == [(2, reads[0].place)]
 
 
-def test_who_is_on_the_device_leaves_first_and_then_the_least_recently_used() -> None:
+def test_who_settled_on_the_device_leaves_first_and_then_the_least_used() -> None:
     tier = RamTier([64], 3)
     for expert in range(3):
         tier.place(ExpertId(0, expert))
         tier.used(0, [expert], float(expert))
     tier.submitted(7)
     tier.arrived(ExpertId(0, 2), 7)
+    tier.used(0, [2], 2.0 + SETTLED_TOKENS)
 
     def evicted_by(expert: int) -> int:
         there = {e for e in range(9) if tier.place_of(ExpertId(0, e)) is not None}
@@ -152,9 +161,11 @@ def test_who_is_on_the_device_leaves_first_and_then_the_least_recently_used() ->
         return gone
 
     assert evicted_by(5) == 2
-    assert evicted_by(6) == 0
+    assert evicted_by(6) == 5, "read, and never used since"
     tier.submitted(7)  # the slot is given away: its expert is nowhere but on disk
-    assert evicted_by(2) == 1
+    assert evicted_by(2) == 6
+    tier.arrived(ExpertId(0, 1), 7)
+    assert evicted_by(8) != 1, "it only just came there"
 
 
 def test_prefetches_leave_room_and_disk_to_demands() -> None:
