@@ -20,6 +20,7 @@ from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
 from runtime.eviction import make_eviction
 from runtime.policy import Moment, PolicySetup, Routed, Wish
+from runtime.policy_hopes import Hopes
 from runtime.policy_slot_value import SlotValue
 from runtime.policy_windows import Averages, Turnover, Window
 from runtime.rails import Rails
@@ -39,7 +40,7 @@ class PreScopeSettings:
     `protected_from` is the probability of use from which a resident expert is kept; a copy for a
     layer to come needs `least_use` beyond what it displaces, because it empties a slot before it
     fills it; `margin` is how much more a copy must bring than it costs the CPU beside it. `check`
-    multiplies what slots are worth by how much of it came true before.
+    multiplies what slots and copies ahead are worth by how much of it came true before.
     """
 
     eviction: str = "expected-next-use"
@@ -49,11 +50,11 @@ class PreScopeSettings:
     check: bool = True
     lookahead: int = 2
     constants: bool = True
-    longest_stay: float = 32.0
+    longest_stay: float = 16.0
     bonus: float = 0.5
     protected_from: float = 0.15
     least_use: float = 0.3
-    margin: float = 1.3
+    margin: float = 2.0
 
 
 class PreScope:
@@ -81,6 +82,7 @@ class PreScope:
         self._turnover = Turnover(setup.slots, self.settings.longest_stay)
         self._admitting: ExpertId | None = None
         self._missed: dict[ExpertId, None] = {}
+        self._hopes = Hopes(self.settings.check)
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
@@ -97,6 +99,7 @@ class PreScope:
         chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
         self._calibration.learn(routed.layer, chosen)
         self._value.used(routed.layer, chosen, moment.token, moment.prompt)
+        self._hopes.routed(routed, moment, self._setup.layer_bytes[routed.layer])
         if routed.misses:
             self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
@@ -278,9 +281,10 @@ class PreScope:
                 price_s = slower * window.beside_cpu_s(at_s, lands_s)
             saved_s = self._saved_s(expert.layer)
             in_time = max(0.0, 1.0 - max(0.0, lands_s - deadline_s) / saved_s)
-            uses = use * in_time + self._lasting(expert)
+            uses = use * in_time * self._hopes.kept + self._lasting(expert)
             if in_time and uses * saved_s > self.settings.margin * price_s:
                 wishes.append(Wish(expert, deadline_s, use))
+                self._hopes.hope(expert, use * in_time)
                 at_s = lands_s
         return wishes
 
