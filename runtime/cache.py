@@ -47,6 +47,7 @@ class CacheTable:
         self._where: dict[ExpertId, int] = {}
         self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
+        self._beyond: set[int] = set()  # slots from `capacity` up that are not empty yet
         self.eviction = eviction
         self.capacity = slots
 
@@ -130,6 +131,8 @@ class CacheTable:
         slot = self._forget(number)
         if number < self.capacity:
             self._free.append(number)
+        else:
+            self._beyond.discard(number)
         return slot
 
     def pin(self, number: int) -> None:
@@ -150,14 +153,13 @@ class CacheTable:
         self.capacity = capacity
         self._free = [number for number in self._free if number < capacity]
         self._free += [n for n in grown if self._slots[n].state is SlotState.FREE]
+        held = set(self._where.values())
+        self._beyond = {number for number in held if number >= capacity}
         return self.trim()
 
     def trim(self) -> list[Slot]:
         """Empty the slots beyond `capacity` that can be emptied; return what they held."""
-        if self.capacity == len(self._slots):
-            return []
-        beyond = range(self.capacity, len(self._slots))
-        return [self.release(number) for number in beyond if self._evictable(number)]
+        return [self.release(number) for number in sorted(self._beyond) if self._evictable(number)]
 
     def check(self) -> None:
         """Raise AssertionError with the numbers if the table contradicts itself."""
@@ -167,6 +169,8 @@ class CacheTable:
         assert not held & set(self._free), sorted(held & set(self._free))
         free_within = {n for n in range(self.capacity) if n not in held}
         assert free_within == set(self._free), (sorted(free_within), sorted(self._free))
+        beyond = {number for number in held if number >= self.capacity}
+        assert beyond == self._beyond, (sorted(beyond), sorted(self._beyond))
         loading = {n for n, slot in enumerate(self._slots) if slot.state is SlotState.LOADING}
         assert loading == set(self._loading.values()), (sorted(loading), self._loading)
         for expert, number in self._where.items():

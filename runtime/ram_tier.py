@@ -261,10 +261,20 @@ class RamTier:
 
     def _victim(self) -> ExpertId | None:
         """Return whose place is given away: who settled on the device, else the least used."""
+        found: ExpertId | None = None
+        forgotten = []
         for expert, since in self._on_device.items():  # the longest there first
             if self._token - since < SETTLED_TOKENS:
                 break
+            if self.table.find(expert) is None:
+                forgotten.append(expert)  # nothing to give up: not looked at again
+                continue
             number = self.place_of(expert)
             if number is not None and not self.table.slot(number).pins:
-                return expert
+                found = expert
+                break
+        for expert in forgotten:
+            del self._on_device[expert]
+        if found is not None:
+            return found
         return self.table.victim(self._token, self._layer)
