@@ -141,10 +141,25 @@ def expert_math(module: Any) -> ExpertMath:
         down_bias=f"{down}_bias" if module.has_bias else None,
         transposed=bool(module.is_transposed),
         activate=activate,
-        normalize=module.post_expert_norm if module.has_post_expert_norm else None,
+        normalize=_anywhere(module.post_expert_norm) if module.has_post_expert_norm else None,
         in_float32=kind in _IN_FLOAT32,
         accumulate=_ACCUMULATE.get(kind, "hidden"),
     )
+
+
+def _anywhere(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Let a norm whose weights are on the card be applied to what the CPU computed as well."""
+
+    def normalize(x: Tensor) -> Tensor:
+        weights = dict(norm.named_parameters())
+        if any(weight.device != x.device for weight in weights.values()):
+            here = {name: weight.to(x.device) for name, weight in weights.items()}
+            moved: Tensor = torch.func.functional_call(norm, here, (x,))
+            return moved
+        made: Tensor = norm(x)
+        return made
+
+    return normalize
 
 
 def attach(layers: Sequence[MoeLayer], run: Run) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import torch
 
@@ -69,7 +69,14 @@ class CudaDevice:
         code = int(cudart.cudaHostRegister(slab.data_ptr(), size_bytes, 0))
         if code == _CUDA_SUCCESS:
             self._registered[slab.data_ptr()] = slab
+        else:
+            self._forget_refusal()
         return slab
+
+    def _forget_refusal(self) -> None:
+        # The driver keeps a refusal until somebody reads it: else the next kernel would fail.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.torch_device).add_(1)
 
     def release_host(self, block: torch.Tensor) -> None:
         if self._registered.pop(block.data_ptr(), None) is not None:

@@ -107,7 +107,9 @@ class Passes:
         Returns why that was not possible.
         """
         with self._parts.executor.computing():
-            conversation.rewind()
+            failed = outcome_of(conversation.rewind)
+        if isinstance(failed, Exception):
+            return failed
         if conversation.intact:
             return None
         conversation.ids.clear()
@@ -130,7 +132,7 @@ class Passes:
                 step.conversation.intact = True
             elif isinstance(outcome, StoppedError):
                 with self._parts.executor.computing():
-                    step.conversation.rewind()
+                    outcome_of(step.conversation.rewind)  # what cannot be kept is not intact
         return outcomes
 
     def _compute(self, steps: Sequence[Step]) -> list[Outcome]:
@@ -139,7 +141,8 @@ class Passes:
             step.conversation.intact = False
         counts = [len(step.ids) for step in steps]
         together = [token for step in steps for token in step.ids]
-        parts.executor.begin_pass(sum(counts), together, max(counts))
+        with parts.executor.computing():  # what is guessed now is read on that stream
+            parts.executor.begin_pass(sum(counts), together, max(counts))
         self._steps = steps
         try:
             # Both are the thread's own and hold for every forward of the meeting.

@@ -203,8 +203,12 @@ class Executor:
     def idle(self, budget_s: float) -> None:
         """Let the predictor learn for up to `budget_s`, while nothing is generated."""
         self._keep_hot(at_once=False)
-        if self._predictor is not None:
+        if self._predictor is None:
+            return
+        try:
             self._predictor.improve(budget_s)
+        except RuntimeError as failure:  # no memory left on a full card, or no convergence
+            log.warning("learning was given up for now: %s", failure)
 
     def reset_predictor(self) -> None:
         """Forget what was learned on this machine."""

@@ -53,10 +53,18 @@ def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
     if kind == "mxfp4":
         values = _mxfp4_values(codes.codes.device)[codes.codes.int()]
     elif kind == "int4":
-        values = codes.codes.float() - 8
+        values = codes.codes.float().sub_(8)
     else:
         values = codes.codes.float()
     rows, columns = values.shape
+    width = codes.form.columns or columns
+    if rows % codes.form.rows == 0 and columns % width == 0:
+        # In place and without spreading the scales: one float32 matrix may take half a gigabyte.
+        blocks = values.view(rows // codes.form.rows, codes.form.rows, columns // width, width)
+        blocks.mul_(codes.scales[:, None, :, None])
+        if codes.zeros is not None:
+            blocks.add_(codes.zeros[:, None, :, None])
+        return values.to(dtype)
     values = values * _spread(codes.scales, codes.form, rows, columns)
     if codes.zeros is not None:
         values = values + _spread(codes.zeros, codes.form, rows, columns)

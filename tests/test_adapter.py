@@ -16,6 +16,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.monkey_patching import get_patch_mapping
 
+from runtime import adapter
 from runtime.adapter import (
     IMPLEMENTATION,
     attach,
@@ -197,3 +198,13 @@ def test_an_expert_that_does_not_fit_is_named(fault: str, tmp_path: Path) -> Non
     expected = UnsupportedModelError if fault == "foreign dtype" else ModelFilesError
     with pytest.raises(expected, match=r"layers\.1\.mlp\.experts"):
         sort_checkpoint(skeleton, find_moe_layers(skeleton, torch.float32), tensors)
+
+
+def test_a_norm_on_the_card_serves_rows_computed_elsewhere() -> None:
+    norm = torch.nn.LayerNorm(4)
+    normalize = adapter._anywhere(norm)
+    x = torch.randn(3, 4)
+    assert torch.equal(normalize(x), norm(x))
+    elsewhere = normalize(x.to("meta"))
+    assert (elsewhere.device.type, elsewhere.shape) == ("meta", x.shape)
+    assert all(weight.device.type == "cpu" for weight in norm.parameters())

@@ -123,3 +123,21 @@ def test_a_copy_that_fails_leaves_its_slot_free(
     assert 0 < executor.residency.cache.free_slots <= 2
     assert len(generate(loaded, executor)) == NEW_TOKENS
     executor.close()
+
+
+class _Exhausted:
+    """A predictor whose learning finds no memory."""
+
+    def improve(self, budget_s: float) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_learning_that_finds_no_memory_ends_quietly(
+    loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = opened(loaded, None)
+    executor._predictor = _Exhausted()  # type: ignore[assignment]
+    executor.idle(0.1)
+    assert "given up for now" in caplog.text
+    executor._predictor = None
+    executor.close()
