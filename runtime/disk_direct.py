@@ -6,6 +6,7 @@ pages are given back right after an ordinary one.
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -30,6 +31,7 @@ class DirectFile:
     def __init__(self, fileno: int) -> None:
         self._fileno = fileno
         self._direct: int | None = None
+        self._refused = False
         flag = getattr(os, "O_DIRECT", 0)
         if flag and sys.platform == "linux":
             try:
@@ -41,7 +43,7 @@ class DirectFile:
     @property
     def direct(self) -> bool:
         """Whether reads really go past the page cache."""
-        return self._direct is not None
+        return self._direct is not None and not self._refused
 
     def read_at(self, buffer: memoryview, at: int) -> int:
         """Read some bytes from position `at`, as `preadv` does; 0 at the end of the file.
@@ -49,24 +51,36 @@ class DirectFile:
         Raises:
             OSError: the file cannot be read.
         """
-        if self._direct is None:
-            count: int = _POSIX.preadv(self._fileno, [buffer], at)
-            advise = getattr(os, "posix_fadvise", None)
-            if advise is not None and count:
-                advise(self._fileno, at, count, _POSIX.POSIX_FADV_DONTNEED)
-            return count
+        direct = self._direct
+        if direct is None or self._refused:
+            return self._read_ordinarily(buffer, at)
         begin = at // ALIGN_BYTES * ALIGN_BYTES
         skip = at - begin
         wanted = min(len(buffer), BOUNCE_BYTES - skip)
         bounce = _bounce()
         length = -(-(skip + wanted) // ALIGN_BYTES) * ALIGN_BYTES
-        got: int = _POSIX.preadv(self._direct, [memoryview(bounce)[:length]], begin)
+        try:
+            got: int = _POSIX.preadv(direct, [memoryview(bounce)[:length]], begin)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # A file system may take the flag and refuse such reads all the same. The descriptor
+            # stays open until `close`: another thread may be reading with it.
+            self._refused = True
+            return self._read_ordinarily(buffer, at)
         count = min(wanted, got - skip)
         if count <= 0:
             return 0
         # numpy lets other threads run meanwhile; slices of memory views do not.
         source = np.frombuffer(bounce, dtype=np.uint8, count=count, offset=skip)
         np.copyto(np.frombuffer(buffer, dtype=np.uint8, count=count), source)
+        return count
+
+    def _read_ordinarily(self, buffer: memoryview, at: int) -> int:
+        count: int = _POSIX.preadv(self._fileno, [buffer], at)
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None and count:
+            advise(self._fileno, at, count, _POSIX.POSIX_FADV_DONTNEED)
         return count
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,34 @@ def test_any_range_comes_back_as_it_is_in_the_file(
         for at, size in [(0, 1), (1, 4096), (4095, 2), (777, BOUNCE_BYTES), (5, SIZE), (SIZE, 9)]:
             assert read(file, at, size) == whole[at : at + size], (at, size)
         file.close()
+        file.close()
+
+
+def test_a_file_system_that_refuses_direct_reads_is_read_ordinarily(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, "preadv", None)
+    whole = path.read_bytes()
+    with path.open("rb", buffering=0) as raw:
+        file = DirectFile(raw.fileno())
+        begun_direct = file.direct
+        if not begun_direct:
+            pytest.skip("no direct reads here")
+
+        def refusing(fileno: int, *arguments: Any) -> Any:
+            if fileno != raw.fileno():
+                raise OSError(code, os.strerror(code))
+            assert real is not None
+            return real(fileno, *arguments)
+
+        monkeypatch.setattr(os, "preadv", refusing)
+        code = errno.EIO
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            read(file, 5, 9000)
+        code = errno.EINVAL
+        assert read(file, 5, 9000) == whole[5:9005]
+        assert not file.direct
+        assert read(file, 0, SIZE) == whole
         file.close()
 
 
