@@ -76,7 +76,6 @@ def assemble(
     torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
     data = data or data_dir()
     keep_profile(profile, data)
-    verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
     shape = read_shape(folder, dtype_for(profile), request.experts)
     shape = replace(shape, name=model_name(folder))
     plan = plan_memory(
@@ -84,6 +83,8 @@ def assemble(
     )
     if beside and plan.ram_experts is not None:
         raise MemoryPlanError(plan.notes[0], "Unload the other model first.")
+    # Hashing takes minutes: only what can be run and fits is worth them.
+    verify_files(folder, data / DIGESTS_NAME, progress, cancelled)
     plans = [plan] if beside else [plan, *smaller_plans(plan, shape)]
     reasons: list[str] = []
     for attempt in plans:

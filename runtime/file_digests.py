@@ -14,16 +14,20 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.core import LoadProgress
 from runtime.errors import CancelledError, ModelFilesError
+from runtime.gguf_names import part_names, part_of
 from runtime.safetensors_files import open_regular
 
 RECORD_VERSION = 1
 _PIECE_BYTES = 4 * 2**20
 _THREADS = 4
+_MAX_PARTS = 1000
+_LATER_S = 1.0
 _SUFFIXES = (".safetensors", ".gguf")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NOTE_BYTES = 4096
@@ -59,12 +63,13 @@ def verify_files(
     files = _known_files(model)
     remembered = _remembered(record)
     fresh = [file for file in files if _key(file) not in remembered]
+
+    def made(file: _File, digest: str) -> None:
+        remembered[_key(file)] = digest
+        _remember(record, remembered)
+
     if fresh:
-        try:
-            for file, digest in zip(fresh, _hashed(fresh, progress, cancelled), strict=True):
-                remembered[_key(file)] = digest
-        finally:
-            _remember(record, remembered)
+        _hash(fresh, made, progress, cancelled)
     for file in files:
         found = remembered[_key(file)]
         if found != file.expected:
@@ -79,9 +84,7 @@ def verify_files(
 def known_digest(path: Path) -> str | None:
     """Return the sha256 that a file should have, None where nobody says."""
     beside = _note(path.with_name(path.name + ".sha256"))
-    # What the hub's downloader keeps of a file in a plain folder: commit, digest, time.
-    download = _note(path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata")
-    words = [beside.split(maxsplit=1)[:1], download.splitlines()[1:2]]
+    words = [beside.split(maxsplit=1)[:1], _downloaded(path)]
     if path.is_symlink() and path.resolve().parent.name == "blobs":
         words.append([path.resolve().name])  # its cache names large files by their digest
     for word in words:
@@ -91,8 +94,33 @@ def known_digest(path: Path) -> str | None:
     return None
 
 
+def _downloaded(path: Path) -> list[str]:
+    """Return the digest that the hub's downloader left of a file in a plain folder, if it holds.
+
+    Its note says commit, digest and time; a file saved again after that time is another one.
+    """
+    note = _note(path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata")
+    lines = note.splitlines()
+    try:
+        if path.stat().st_mtime > float(lines[2]) + _LATER_S:
+            return []
+    except (OSError, ValueError, IndexError):
+        return []
+    return lines[1:2]
+
+
+def _paths_of(model: Path) -> list[Path]:
+    """Return every file that may hold weights of `model`: all parts, where one part is given."""
+    if model.is_dir():
+        return sorted(model.iterdir())
+    part = part_of(model.name)
+    if part is None or part[2] > _MAX_PARTS:
+        return [model]
+    return [model.with_name(name) for name in part_names(part[0], part[2])]
+
+
 def _known_files(model: Path) -> list[_File]:
-    paths = sorted(model.iterdir()) if model.is_dir() else [model]
+    paths = _paths_of(model)
     files = []
     for path in paths:
         expected = known_digest(path) if path.suffix in _SUFFIXES and path.is_file() else None
@@ -114,24 +142,25 @@ def _key(file: _File) -> str:
     return f"{file.path.resolve()}|{size}|{changed_ns}"
 
 
-def _hashed(
+def _hash(
     files: Sequence[_File],
+    made: Callable[[_File, str], None],
     progress: Callable[[LoadProgress], None],
     cancelled: Callable[[], bool],
-) -> list[str]:
-    """Return the digest of each file, several at a time."""
+) -> None:
+    """Give the digest of each file to `made`, one call at a time, as soon as it is there."""
     counting = threading.Lock()
     total_bytes, done_bytes = sum(file.state[0] for file in files), 0
     ended = threading.Event()
 
-    def digest(file: _File) -> str:
+    def digest(file: _File) -> None:
         nonlocal done_bytes
-        made = hashlib.sha256()
+        summed = hashlib.sha256()
         buffer = bytearray(_PIECE_BYTES)
         try:
             with open_regular(file.path) as reader:
                 while count := reader.readinto(buffer) or 0:
-                    made.update(memoryview(buffer)[:count])
+                    summed.update(memoryview(buffer)[:count])
                     with counting:
                         if ended.is_set() or cancelled():
                             raise CancelledError("Loading was stopped.")
@@ -140,12 +169,14 @@ def _hashed(
                         progress(LoadProgress(text, done_bytes, total_bytes))
         except OSError as error:
             raise ModelFilesError(f"{file.path.name} cannot be read ({error}).", _AGAIN) from error
-        return made.hexdigest()
+        with counting:
+            made(file, summed.hexdigest())
 
     with ThreadPoolExecutor(_THREADS, "digests") as pool:
         futures = [pool.submit(digest, file) for file in files]
         try:
-            return [future.result() for future in futures]
+            for future in futures:
+                future.result()
         except BaseException:
             ended.set()
             raise
@@ -163,18 +194,25 @@ def _remembered(record: Path) -> dict[str, str]:
 
 
 def _remember(record: Path, digests: dict[str, str]) -> None:
-    """Write the record, without those of files that changed or went away."""
+    """Write the record, without those of files that changed or went away.
+
+    A disk that takes none only makes the files be hashed again next time.
+    """
     kept = {}
     for key, digest in digests.items():
-        path, size, changed_ns = key.rsplit("|", 2)
         try:
+            path, size, changed_ns = key.rsplit("|", 2)
             found = os.stat(path)
         except (OSError, ValueError):
             continue
         if (str(found.st_size), str(found.st_mtime_ns)) == (size, changed_ns):
             kept[key] = digest
-    record.parent.mkdir(parents=True, exist_ok=True)
     fresh = record.with_name(record.name + ".new")
     text = json.dumps({"version": RECORD_VERSION, "files": kept}, indent=1)
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(record)
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(record)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from runtime.assembly import assemble
 from runtime.config import DEFAULT_MODEL_DIR
 from runtime.core import LoadProgress, LoadRequest
-from runtime.errors import CancelledError, ModelFilesError
+from runtime.errors import CancelledError, ModelError, ModelFilesError
 from runtime.file_digests import known_digest, verify_files
 
 CONTENT = bytes(range(256)) * 40_000
@@ -46,7 +47,7 @@ def publish_beside(path: Path) -> None:
 def publish_as_the_hub(path: Path) -> None:
     notes = path.parent / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True, exist_ok=True)
-    text = f"{'0' * 40}\n{sha256(path)}\n1760000000.0\n"
+    text = f"{'0' * 40}\n{sha256(path)}\n{time.time()}\n"
     (notes / f"{path.name}.metadata").write_text(text)
 
 
@@ -120,7 +121,16 @@ def test_what_is_no_digest_is_none(tmp_path: Path) -> None:
     assert known_digest(path) == "a" * 64
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 9}', '{"version": 1, "files": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"version": 9}',
+        '{"version": 1, "files": [1]}',
+        '{"version": 1, "files": {"x": ""}}',
+    ],
+)
 def test_a_damaged_record_is_made_anew(text: str, tmp_path: Path) -> None:
     (path,) = model(tmp_path / "m", 1)
     publish_beside(path)
@@ -152,3 +162,76 @@ def test_a_damaged_model_is_not_loaded(tmp_path: Path) -> None:
     flip(weights, weights.stat().st_size - 1000)
     with pytest.raises(ModelFilesError, match=r"model\.safetensors is damaged"):
         assemble(LoadRequest(str(folder)), data=tmp_path / "data")
+
+
+def test_a_model_that_cannot_run_is_not_hashed_first(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEFAULT_MODEL_DIR, folder)
+    publish_beside(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    said: list[LoadProgress] = []
+    with pytest.raises(ModelError):
+        assemble(LoadRequest(str(folder)), data=tmp_path / "data", progress=said.append)
+    assert not [step for step in said if step.text.startswith("Checking")]
+
+
+def test_a_disk_that_takes_no_record_fails_no_load(tmp_path: Path) -> None:
+    (path,) = model(tmp_path / "m", 1)
+    publish_beside(path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken").mkdir()
+    for record in (tmp_path / "file" / "digests.json", tmp_path / "taken"):
+        assert verify_files(tmp_path / "m", record, silent, never) == 1
+        with pytest.raises(CancelledError):
+            verify_files(tmp_path / "m", record, silent, lambda: True)
+    assert not (tmp_path / "taken.new").exists()
+
+
+def test_a_file_saved_again_after_its_download_is_another_one(tmp_path: Path) -> None:
+    (path,) = model(tmp_path / "m", 1)
+    publish_as_the_hub(path)
+    path.write_bytes(b"fine-tuned")
+    now_s = time.time()
+    os.utime(path, (now_s + 5, now_s + 5))
+    assert verify_files(tmp_path / "m", tmp_path / "r.json", silent, never) == 0
+    os.utime(path, (now_s, now_s))
+    with pytest.raises(ModelFilesError, match="damaged"):
+        verify_files(tmp_path / "m", tmp_path / "r.json", silent, never)
+
+
+def test_what_was_hashed_before_a_stop_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.file_digests._THREADS", 1)
+    paths = model(tmp_path / "m")
+    for path in paths:
+        publish_beside(path)
+    read = [0]
+
+    def note(step: LoadProgress) -> None:
+        read[0] = step.done_bytes
+
+    first_bytes = paths[0].stat().st_size
+    record = tmp_path / "r.json"
+    with pytest.raises(CancelledError):
+        verify_files(tmp_path / "m", record, note, lambda: read[0] >= first_bytes)
+    assert list(json.loads(record.read_text())["files"].values()) == [sha256(paths[0])]
+    assert verify_files(tmp_path / "m", record, note, never) == 2
+    assert read[0] == paths[1].stat().st_size
+
+
+def test_every_part_of_a_split_model_is_checked(tmp_path: Path) -> None:
+    parts = [tmp_path / f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    for path in parts:
+        path.write_bytes(CONTENT)
+        publish_beside(path)
+    (tmp_path / "other.gguf").write_bytes(b"x")
+    publish_beside(tmp_path / "other.gguf")
+    assert verify_files(parts[0], tmp_path / "r.json", silent, never) == 3
+    flip(parts[2])
+    with pytest.raises(ModelFilesError, match="m-00003-of-00003.gguf is damaged"):
+        verify_files(parts[0], tmp_path / "other.json", silent, never)
+    many = tmp_path / "m-00001-of-99999.gguf"
+    many.write_bytes(CONTENT)
+    publish_beside(many)
+    assert verify_files(many, tmp_path / "r.json", silent, never) == 1
