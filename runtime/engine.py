@@ -120,6 +120,13 @@ class Engine:
         self.parts.executor.idle(budget_s)
         return time.monotonic() - began_s > budget_s / 2
 
+    def watch_ram(self) -> None:
+        """Get out of the way of other programs while nobody asks anything."""
+        held = self.parts.executor.ram_experts
+        self.parts.watch_ram()
+        if self.parts.executor.ram_experts != held:
+            self._panel.refresh()
+
     def announce(self) -> None:
         """Publish a snapshot although nothing has been generated yet."""
         self._panel.refresh()

@@ -10,6 +10,7 @@ with the first model, long after the app has been greeted.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import signal
@@ -36,6 +37,7 @@ from runtime.errors import (
     PreScopeError,
     ProtocolError,
     RequestError,
+    TransferError,
 )
 from runtime.inbox import Change, Inbox, Job, Load, take_frame
 from runtime.private_streams import (
@@ -51,6 +53,7 @@ from runtime.wire import PROTOCOL_VERSION, chunk_to_json, read_frames
 
 PROGRESS_EVERY_S = 0.2
 IDLE_SLICE_S = 0.05
+IDLE_LOOK_S = 2.0
 
 log = logging.getLogger("prescope.host")
 
@@ -90,6 +93,8 @@ class HostedEngine(Protocol):
     def step(self) -> None: ...
 
     def idle(self, budget_s: float) -> bool: ...
+
+    def watch_ram(self) -> None: ...
 
     def set_policy(self, policy: str) -> None: ...
 
@@ -138,7 +143,10 @@ class Host:
     def run(self) -> NoReturn:
         """Serve until the process ends."""
         while True:
-            work = self._inbox.take(wait=not self._answers and not self._may_learn)
+            work = self._inbox.take(
+                wait=not self._answers and not self._may_learn,
+                limit_s=None if self._engine is None else IDLE_LOOK_S,
+            )
             if isinstance(work, Job):
                 self._begin(work)
             elif isinstance(work, Change):
@@ -151,32 +159,40 @@ class Host:
                     self._load(work.request)
             elif self._answers:
                 self._advance()
-            else:
+            elif self._may_learn:
                 self._may_learn = self._engine is not None and self._engine.idle(IDLE_SLICE_S)
+            elif self._engine is not None:
+                self._engine.watch_ram()
 
     def _load(self, request: LoadRequest) -> None:
         cancelled = self._inbox.watch_loads()
         self._show(state="loading", loading=request.model, progress=LoadProgress("Starting"))
         self._progress_due_s = 0.0
         previous = self._loaded
+        engine: HostedEngine | None = None
+        notice = next_step = ""
         try:
             engine = self._build_in_turn(request, cancelled)
         except CancelledError:
-            self._keep_previous(previous, "", "")
+            log.info("load cancelled")
         except PreScopeError as failure:
             log.warning("load failed: %s", failure.message)
-            self._keep_previous(previous, failure.message, failure.next_step)
+            notice, next_step = failure.message, failure.next_step
         except Exception as failure:
             # The edge of the process: whatever a hostile model makes a library raise, the
             # previous model must keep answering.
             log.exception("load failed")
             reason = f"{request.model} could not be loaded: {type(failure).__name__}: {failure}"
-            self._keep_previous(previous, reason[:500], "See the engine's log.")
-        else:
-            self._unload()
-            self._engine, self._loaded = engine, request
-            self._status = EngineStatus("ready", engine.name, remarks=engine.remarks)
-            self._show()
+            notice, next_step = reason[:500], "See the engine's log."
+        if engine is None:
+            # Only out here is the failed load's memory free: the exception held its frames.
+            gc.collect()
+            self._keep_previous(previous, notice, next_step)
+            return
+        self._unload()
+        self._engine, self._loaded = engine, request
+        self._status = EngineStatus("ready", engine.name, remarks=engine.remarks)
+        self._show()
 
     def _build_in_turn(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
         """Build beside the old engine if both fit, else in its place."""
@@ -187,6 +203,7 @@ class Host:
             except (MemoryPlanError, MemoryError) as failure:
                 log.info("no room beside the old model: %s", failure)
         self._unload()
+        gc.collect()  # what was tried beside it, too
         return self._build(request, cancelled)
 
     def _build(
@@ -282,6 +299,8 @@ class Host:
             error = PreScopeError(reason[:500], "Send the message again.")
         self._pipe.send({"op": "failed", "id": job.request_id, "error": error.to_json()})
         self._inbox.ended(job.request_id)
+        if isinstance(failure, TransferError):
+            leave(EXIT_DEVICE_LOST)  # the threads that bring experts hang or are gone
         broken = error is not failure and not isinstance(failure, MemoryError)
         if broken and self._engine is not None and not self._engine.device_works():
             leave(EXIT_DEVICE_LOST)  # a broken CUDA context cannot be repaired in place

@@ -101,16 +101,16 @@ class Inbox:
             self._changes.append(change)
             self._changed.notify()
 
-    def take(self, *, wait: bool) -> Work | None:
+    def take(self, *, wait: bool, limit_s: float | None = None) -> Work | None:
         """Return the next thing to do: a load first, then changes, then the oldest job.
 
         A load comes once nothing runs, and no job is begun before it. None if there is nothing
-        now; with `wait` something is waited for.
+        now; with `wait` something is waited for, about `limit_s` at most.
         """
         with self._changed:
             work = self._next()
             while work is None and wait:
-                self._changed.wait()
+                wait = self._changed.wait(limit_s)
                 work = self._next()
             return work
 

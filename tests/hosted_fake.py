@@ -3,7 +3,8 @@
 Models: "broken" files, "raising" any exception, "slow" (until cancelled), "fatal" (kills the
 process), "large" fits only alone, "never fits", any other name loads. Words: "hang" never accepts,
 "forever" never ends, "print" prints to standard output, "kill" dies mid-answer, "refuse" is a bad
-request, "crash" raises; anything else is echoed word by word.
+request, "crash" raises, "stall" finds that no expert arrives any more; anything else is echoed word
+by word.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,13 @@ from runtime.core import (
     SamplingParams,
     TelemetrySnapshot,
 )
-from runtime.errors import CancelledError, MemoryPlanError, ModelFilesError, RequestError
+from runtime.errors import (
+    CancelledError,
+    MemoryPlanError,
+    ModelFilesError,
+    RequestError,
+    TransferError,
+)
 
 
 class FakeGeneration:
@@ -61,6 +69,9 @@ class FakeGeneration:
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "crash":
             self.failure, self.over = RuntimeError("boom"), True
+            return
+        if word == "stall":
+            self.failure, self.over = TransferError("No expert arrived.", "Wait."), True
             return
         self._chunks.append(Delta("answer", f"{word} ", (number,)))
         self._number += 1
@@ -116,6 +127,9 @@ class FakeEngine:
         self._publish(snapshot(f"{self.name}, rested {self.idled}", self.policy, self.prediction))
         return self.idled < 3
 
+    def watch_ram(self) -> None:
+        self._publish(snapshot(f"{self.name}, watched", self.policy, self.prediction))
+
     def device_works(self) -> bool:
         return not self.broken
 
@@ -134,6 +148,15 @@ class FakeEngine:
         FakeEngine.alive -= 1
 
 
+class Weights:
+    """What a load that fails had read; in a cycle, as models are."""
+
+    failed: weakref.ref[Weights] | None = None
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
 def assemble(
     request: LoadRequest,
     *,
@@ -143,6 +166,10 @@ def assemble(
     beside: bool,
 ) -> FakeEngine:
     progress(LoadProgress("Reading", 1, 2))
+    if Weights.failed is not None and Weights.failed() is not None:
+        raise MemoryPlanError("A load that failed still holds its memory.", "Load it again.")
+    weights = Weights()
+    Weights.failed = weakref.ref(weights)
     if request.model == "broken":
         raise ModelFilesError("model.safetensors is truncated.", "Download it again.")
     if request.model == "raising":
@@ -155,6 +182,7 @@ def assemble(
         if cancelled():
             raise CancelledError("The load was cancelled.")
         time.sleep(0.005)
+    Weights.failed = None
     engine = FakeEngine(request.model, publish)
     if request.experts != "as stored":
         engine.remarks = (f"Experts are {request.experts}.", f"Kept in {data_dir()}.")

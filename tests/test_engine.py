@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from runtime.adapter_cache import KvCache
-from runtime.core import Accepted, Delta, Finished, GenerationChunk, Message, SamplingParams
+from runtime.core import (
+    Accepted,
+    Delta,
+    Finished,
+    GenerationChunk,
+    Message,
+    SamplingParams,
+    TelemetrySnapshot,
+)
 from runtime.engine import Engine
 from runtime.errors import ContextLengthError, MemoryPlanError, ModelError, RequestError
 from tests.standin import (
@@ -471,6 +480,20 @@ def test_what_the_predictor_is_told_reaches_it() -> None:
     assert executor.idle_s == 10.0
     executor.idle = time.sleep  # type: ignore[method-assign]
     assert one.idle(0.01), "it used its time: there may be more to do"
+
+
+def test_memory_that_is_given_back_in_a_pause_is_shown() -> None:
+    executor, seen = StandInExecutor(), list[TelemetrySnapshot]()
+    one = engine(executor=executor, publish=seen.append)
+    one.watch_ram()
+    assert not seen, "nothing changed"
+
+    def give_back() -> None:
+        executor.ram_experts = 3
+
+    one.parts = replace(one.parts, watch_ram=give_back)
+    one.watch_ram()
+    assert [shot.ram_experts for shot in seen] == [3]
 
 
 def test_a_device_that_refuses_everything_is_noticed() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from runtime.core import LoadRequest, Message, SamplingParams
-from runtime.private_streams import EXIT_APP_GONE, EXIT_PROTOCOL
+from runtime.inbox import Change, Inbox
+from runtime.private_streams import EXIT_APP_GONE, EXIT_DEVICE_LOST, EXIT_PROTOCOL
 from runtime.wire import PROTOCOL_VERSION, encode_frame, read_frames, write_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +149,50 @@ def test_loads_that_arrive_out_of_order_leave_the_newest(host: Host) -> None:
     host.until("front")
     host.send({"op": "cancel_load", "number": 3})
     assert host.until("status")["value"]["model"] == "newest"
+
+
+@pytest.mark.parametrize("model", ["broken", "raising", "never fits", "slow"])
+def test_a_failed_load_is_forgotten_before_the_previous_model_comes_back(
+    host: Host, model: str
+) -> None:
+    host.load("card")  # on a card the old model leaves before the new one comes
+    host.until("status", state="ready", model="card")
+    host.load(model, 2)
+    if model == "slow":
+        host.until("status", loading=model)
+        host.send({"op": "cancel_load", "number": 3})
+    while (value := host.until("status")["value"])["state"] == "loading":
+        pass
+    assert (value["state"], value["model"]) == ("ready", "card"), value["notice"]
+    assert bool(value["notice"]) == (model != "slow")
+
+
+def test_transfers_that_stopped_for_good_end_it_after_a_word(host: Host) -> None:
+    host.load("model")
+    host.generate("stall")
+    assert "No expert arrived" in host.until("failed")["error"]["message"]
+    assert host.process.wait(5) == EXIT_DEVICE_LOST
+
+
+def test_memory_is_watched_while_nobody_asks_anything(host: Host) -> None:
+    host.load("model")
+    for _ in range(2):
+        host.until("snapshot", model="model, watched")
+    host.generate("x")  # it learns from that for a while, and goes on watching
+    host.until("snapshot", model="model, rested 3")
+    host.until("snapshot", model="model, watched")
+
+
+def test_the_inbox_waits_as_long_as_it_was_told() -> None:
+    inbox = Inbox()
+    began = time.monotonic()
+    assert inbox.take(wait=True, limit_s=0.05) is None
+    assert time.monotonic() - began >= 0.04
+    change = Change("policy", "hybrid")
+    threading.Timer(0.05, inbox.change, [change]).start()
+    assert inbox.take(wait=True, limit_s=60.0) == change
+    threading.Timer(0.05, inbox.change, [change]).start()
+    assert inbox.take(wait=True) == change
 
 
 @pytest.mark.slow
