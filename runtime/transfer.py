@@ -27,7 +27,16 @@ from runtime.transfer_queue import Chunk, Order, QueueState, TransferEnded, Tran
 STALLED_S = 10.0
 READ_STALLED_S = 60.0
 """A disk that sleeps needs a while; a drive that was unplugged fails by itself."""
-_OURS = (PreScopeError, RuntimeError, AssertionError, KeyError, IndexError, ValueError, MemoryError)
+_OURS = (
+    PreScopeError,
+    RuntimeError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    ValueError,
+    MemoryError,
+    OSError,
+)
 """What a mistake of ours, or a device in trouble, may raise in a thread."""
 
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from runtime import transfer as transfer_module
 from runtime.core import ExpertId
 from runtime.device_emulated import EmulatedDevice
+from runtime.disk import Disk
 from runtime.errors import TransferError
 from runtime.link import Link, chunk_bytes_for
+from runtime.ram_tier import RamTier
 from runtime.transfer import TransferThread
 from runtime.transfer_queue import (
     CHUNKS_IN_FLIGHT,
@@ -143,6 +145,17 @@ def test_a_bug_in_the_thread_reaches_the_engine_thread(rig: Rig) -> None:
     rig.order(demand(0))
     with pytest.raises(TransferError, match="planted bug"):
         rig.wait_for(1)
+
+
+def test_an_error_of_the_system_in_a_reader_reaches_the_engine_thread(rig: Rig) -> None:
+    def fill(expert: ExpertId, place: int) -> None:
+        raise OSError("a planted error")
+
+    disk = Disk(RamTier([EXPERT_BYTES], 4), fill)
+    thread = TransferThread(rig.device, rig.link, CHUNK_BYTES, disk)
+    with pytest.raises(TransferError, match="planted error"):
+        thread.fetch([ExpertId(0, 0)], rig.device.now_s())
+    thread.close()
 
 
 def test_a_link_that_hangs_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
