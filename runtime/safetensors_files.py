@@ -157,9 +157,11 @@ class SafetensorsFiles:
 
     def read_past_cache(self, on: bool) -> None:
         """Read data past the page cache from now on, or through it again."""
-        if self._past_cache is not None and not on:
+        if on and self._past_cache is None and _PREADV is not None:
+            self._past_cache = DirectFiles(self._files)
+        elif not on and self._past_cache is not None:
             self._past_cache.close()
-        self._past_cache = DirectFiles(self._files) if on and _PREADV is not None else None
+            self._past_cache = None
 
     @property
     def cached(self) -> bool:

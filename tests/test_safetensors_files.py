@@ -368,6 +368,30 @@ def test_a_file_that_changes_while_open_is_not_read_on(
     files.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it counts what /proc lists")
+def test_asking_twice_for_reads_past_the_cache_leaves_nothing_open(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1000)}, tmp_path / SINGLE_NAME)
+
+    def still_open() -> int:
+        links = [os.readlink(f"/proc/self/fd/{one}") for one in file_numbers()]
+        return links.count(str((tmp_path / SINGLE_NAME).resolve()))
+
+    def file_numbers() -> list[str]:
+        return [
+            one for one in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{one}")
+        ]
+
+    files = SafetensorsFiles(tmp_path)
+    files.read_past_cache(True)
+    first = still_open()
+    for on in (True, False, True, True):
+        files.read_past_cache(on)
+    files.read_into("a", 0, memoryview(bytearray(4000)))
+    assert still_open() == first
+    files.close()
+    assert still_open() == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
 def test_a_file_that_is_deleted_or_replaced_while_open_is_read_as_it_was(tmp_path: Path) -> None:
     for way in ("deleted", "replaced"):
