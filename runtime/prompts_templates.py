@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,7 +85,8 @@ class Templates:
             child.kill()
             for stream in (child.stdin, child.stdout):
                 if stream is not None:
-                    stream.close()
+                    with suppress(OSError):  # what it was not told cannot be flushed any more
+                        stream.close()
             child.wait()
 
     def _ask(self, line: bytes) -> dict[str, str]:
@@ -97,7 +99,7 @@ class Templates:
             child.stdin.write(line + b"\n")
             child.stdin.flush()
             reply = self._lines.get(timeout=self._deadline_s)
-        except (BrokenPipeError, queue.Empty):
+        except (OSError, queue.Empty):  # Windows calls a broken pipe an invalid argument
             reply = b""
         if reply:
             answer: dict[str, str] = json.loads(reply)

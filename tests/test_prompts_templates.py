@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import sys
 import time
@@ -116,6 +117,35 @@ def test_hostile_templates_end_in_a_named_error(name: str, templates: Templates)
     assert time.monotonic() - began_s < 10  # 0.4 s of computing, on a machine that is busy
     # Whatever became of the child, the next conversation is served.
     assert templates.render(words(CHATML), TURNS).startswith("<|im_start|>system")
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EINVAL])
+def test_a_child_that_died_unnoticed_ends_in_a_named_error(error: int) -> None:
+    class Gone:
+        """A pipe to nobody; Windows calls that an invalid argument."""
+
+        def write(self, data: bytes) -> None:
+            raise OSError(error, "nobody reads this")
+
+        def flush(self) -> None:
+            raise AssertionError("nothing was written")
+
+        def close(self) -> None:
+            raise OSError(error, "nobody reads this")
+
+    templates = Templates()
+    assert templates.render(words(CHATML), TURNS)
+    child = templates._child
+    assert child is not None
+    assert child.stdin is not None
+    child.stdin.close()
+    child.poll = lambda: None  # type: ignore[method-assign]
+    child.stdin = Gone()  # type: ignore[assignment]
+    with pytest.raises(TemplateFailedError, match="did not finish"):
+        templates.render(words(CHATML), TURNS)
+    assert child.returncode is not None
+    assert templates.render(words(CHATML), TURNS)
+    templates.close()
 
 
 def test_what_a_template_says_itself_is_passed_on(templates: Templates) -> None:
