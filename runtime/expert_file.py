@@ -151,6 +151,8 @@ class ExpertFileWriter:
         self._unsynced = self.places.data_at
         try:
             resumed = self._fits()
+            if not resumed:
+                file.truncate(0)  # what is no use gives its space back before it is counted
             self._check_space(self._blocks.there_bytes() if resumed else 0)
             if not resumed:
                 self._begin()
@@ -251,7 +253,6 @@ class ExpertFileWriter:
 
     def _begin(self) -> None:
         file = self._blocks.file
-        file.truncate(0)
         header = self.header.encoded()
         write_at(file, encode_preamble(header, 0) + header, 0)
         file.truncate(self.places.size_bytes)

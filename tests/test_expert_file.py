@@ -366,6 +366,22 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
     check_whole(path, header)
 
 
+def test_what_is_left_of_another_file_gives_its_space_back_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = make_header()
+    disk_bytes = places(header).size_bytes * 105 // 100
+    write(path, make_header(model="Another"), 6)
+
+    def usage(folder: Path) -> Any:
+        used = sum(one.stat().st_size for one in folder.iterdir())
+        return type("U", (), {"free": disk_bytes - used})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    write(path, header)
+    check_whole(path, header)
+
+
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named(path: Path) -> None:
     path.parent.mkdir(mode=0o500)
