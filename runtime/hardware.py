@@ -6,6 +6,7 @@ one and says so. The card is found by its UUID, since NVML and torch may number 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import platform
 import threading
@@ -52,6 +53,11 @@ def probe(emulated: EmulatedMachine | None) -> HardwareProfile:
     if emulated is not None:
         return emulated_profile(emulated, ram)
     return cpu_profile(_cpu_name(), ram)
+
+
+def card_present() -> bool:
+    """Say whether torch sees a card, without touching it."""
+    return bool(within(CUDA_LIMIT_S, torch.cuda.is_available))
 
 
 def find_card() -> Card | None:
@@ -127,6 +133,9 @@ def _card_from_torch() -> Card | None:
         if not torch.cuda.is_available():
             return None
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # What an unloaded model left to torch's allocator is free for the next one.
+        gc.collect()
+        torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info()
     except (RuntimeError, AssertionError, OSError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,32 @@ def test_a_hanging_nvml_costs_its_limit_and_no_more(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hardware, "cards_from_nvml", lambda: [] if release.wait(30) else [])
     assert hardware.find_card() == MINE
     release.set()
+
+
+def test_what_an_unloaded_model_left_is_given_back_before_memory_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self
+
+    model = weakref.ref(Model())
+    left = [5 * GIB]
+
+    def empty_cache() -> None:
+        if model() is None:
+            left[0] = 0
+
+    properties = SimpleNamespace(name="a card", uuid="GPU-mine")
+    for name, answer in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda number: properties,
+        "empty_cache": empty_cache,
+        "mem_get_info": lambda: (12 * GIB - left[0], 12 * GIB),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert hardware._card_from_torch() == Card("mine", "a card", Memory(12 * GIB, 12 * GIB))
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
