@@ -39,8 +39,9 @@ class PreScopeSettings:
     `bonus` weighs what a fetched expert is worth later against this layer's end;
     `protected_from` is the probability of use from which a resident expert is kept; a copy for a
     layer to come needs `least_use` beyond what it displaces, because it empties a slot before it
-    fills it; `margin` is how much more a copy must bring than it costs the CPU beside it. `check`
-    multiplies what slots and copies ahead are worth by how much of it came true before.
+    fills it; `margin` is how much more a copy must bring than it costs the CPU beside it, and
+    `hold_margin` is that from which on copies wait while the CPU computes. `check` multiplies what
+    slots and copies ahead are worth by how much of it came true before.
     """
 
     eviction: str = "expected-next-use"
@@ -55,6 +56,7 @@ class PreScopeSettings:
     protected_from: float = 0.15
     least_use: float = 0.3
     margin: float = 2.0
+    hold_margin: float = 1.3
 
 
 class PreScope:
@@ -227,7 +229,7 @@ class PreScope:
         more than what they bring."""
         costs = self.costs
         brings = min(1.0, costs.link_bytes_per_s / costs.cpu_bytes_per_s)
-        return brings < self.settings.margin * self._slower
+        return brings < self.settings.hold_margin * self._slower
 
     def _compare_with_victim(self, routed: Routed, moment: Moment) -> None:
         """Find out who would go for a miss of this layer, and whether that will have been right."""
