@@ -28,6 +28,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 _SUFFIXES = (".json", ".safetensors", ".gguf")
 _MAX_FILES = 1000
 _MACHINE_FILE = "machine.json"
+_MACHINE_KEYS = ("device_name", "vram_total_bytes", "ram_total_bytes")
+_MAX_MACHINE_BYTES = 1 << 16
 
 Ask = Callable[[Sequence[str]], dict[str, Any]]
 """Runs `plan` with these arguments and returns its JSON object, {} where there is none."""
@@ -36,20 +38,21 @@ Ask = Callable[[Sequence[str]], dict[str, Any]]
 class ModelPlans:
     """Owns the answers and the thread that fetches them; calls come from any thread.
 
-    `close` lets no further child start; one under way ends by itself.
+    `close` lets no further child start and ends the one under way.
     """
 
     def __init__(self, data_dir: Path, settings: SettingsStore, ask: Ask | None = None) -> None:
         self._path = data_dir / FILE_NAME
         self._data_dir = data_dir
         self._settings = settings
-        self._ask = ask or (lambda arguments: ask_child([*arguments, "--data-dir", str(data_dir)]))
+        self._ask = ask or self._ask_child
         self._lock = threading.Lock()
         self._known: dict[str, str] = _read(self._path)
         self._asked: set[str] = set()
         self._waiting: queue.SimpleQueue[tuple[str, str, Settings] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._child: subprocess.Popen[bytes] | None = None
 
     def label(self, path: str) -> str:
         """Return what is known of the model at `path`, "" until the answer is there."""
@@ -70,12 +73,25 @@ class ModelPlans:
         """Stop asking."""
         with self._lock:
             self._closed = True
+            if self._child is not None:
+                self._child.kill()
         self._waiting.put(None)
+
+    def _ask_child(self, arguments: Sequence[str]) -> dict[str, Any]:
+        return ask_child([*arguments, "--data-dir", str(self._data_dir)], self._started)
+
+    def _started(self, child: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._child = child
+            if self._closed:
+                child.kill()
 
     def _work(self) -> None:
         while (asked := self._waiting.get()) is not None and not self._closed:
             key, path, settings = asked
             label = label_of(self._ask(arguments_for(path, settings)))
+            if not label:  # it failed or knew nothing: asked again at the next start
+                continue
             with self._lock:
                 self._known[key] = label
                 kept = dict(list(self._known.items())[-MAX_KEPT:])
@@ -86,7 +102,7 @@ class ModelPlans:
         """Name the question: the model's files, the settings that change the answer, the card."""
         seen: list[object] = [path, arguments_for(path, settings)]
         seen += _files(Path(path))
-        seen.append(_stamp(self._data_dir / _MACHINE_FILE))
+        seen.append(_machine(self._data_dir / _MACHINE_FILE))
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
@@ -104,23 +120,29 @@ def arguments_for(path: str, settings: Settings) -> list[str]:
     return arguments
 
 
-def ask_child(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the plan command in a process of its own, at low priority."""
+def ask_child(
+    arguments: Sequence[str],
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+) -> dict[str, Any]:
+    """Run the plan command in a process of its own, at low priority; `started` is given it."""
     command = [sys.executable, "-m", "runtime", *arguments]
     if os.name == "posix":
         command = ["nice", "-n", "10", *command]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        ran = subprocess.run(
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            timeout=CHILD_LIMIT_S,
-            check=False,
-        )
-        answer = json.loads(ran.stdout)
+        ) as child:
+            try:
+                started(child)
+                output, _ = child.communicate(timeout=CHILD_LIMIT_S)
+            finally:
+                child.kill()
+        answer = json.loads(output)
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return answer if isinstance(answer, dict) else {}
@@ -167,6 +189,16 @@ def _files(path: Path) -> list[object]:
     return [[name, _stamp(path / name)] for name in sorted(names) if name.endswith(_SUFFIXES)]
 
 
+def _machine(path: Path) -> list[object]:
+    """Return which card and how much RAM there is; the rest changes a little at every load."""
+    try:
+        with path.open("rb") as file:
+            record = json.loads(file.read(_MAX_MACHINE_BYTES))
+        return [record[key] for key in _MACHINE_KEYS]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
 def _stamp(path: Path) -> list[int]:
     try:
         found = path.stat()
@@ -180,7 +212,7 @@ def _read(path: Path) -> dict[str, str]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             return {}
-        return {str(key): str(label) for key, label in record["plans"].items()}
+        return {str(key): str(label) for key, label in record["plans"].items() if label}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 

@@ -16,8 +16,10 @@ from runtime import config
 from runtime.__main__ import build_parser, main
 from runtime.bench import SUITES
 from runtime.commands import COMMANDS, doctor
-from runtime.core import GenerationStats
+from runtime.core import EmulatedMachine, GenerationStats, HardwareProfile
 from runtime.errors import ConfigError, ModelFilesError
+from runtime.machines import MACHINES
+from runtime.profiles_file import keep_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 STATS = (
@@ -204,6 +206,37 @@ def test_a_model_that_does_not_fit_is_an_answer_with_a_next_step(
     assert "speed" not in result
     assert main(["plan", "default", "--vram", "10"]) == 0
     assert "It does not fit" in capfd.readouterr().out
+
+
+def test_a_card_nobody_measured_is_left_alone_beside_an_engine(
+    configs: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    present, probed = [True], []
+
+    def probe(emulated: EmulatedMachine | None) -> HardwareProfile:
+        probed.append(emulated)
+        return replace(MACHINES["rtx4090"].profile(), device_kind="cuda")
+
+    monkeypatch.setattr("runtime.hardware.card_present", lambda: present[0])
+    monkeypatch.setattr("runtime.hardware.probe", probe)
+    asked = ["plan", str(configs["bf16"]), "--data-dir", str(tmp_path)]
+    assert answer(capfd, *asked, "--unloaded") == (0, {"unmeasured": True})
+    assert main([*asked, "--unloaded"]) == 0
+    assert "load a model first" in capfd.readouterr().out
+    assert "fits" in answer(capfd, *asked, "--unloaded", "--profile", "rtx4090")[1]
+    assert not probed
+    assert "fits" in answer(capfd, *asked)[1], "without --unloaded it is measured"
+    assert len(probed) == 1
+    present[0] = False
+    assert "fits" in answer(capfd, *asked, "--unloaded")[1]
+    assert len(probed) == 2
+    present[0] = True
+    keep_profile(probe(None), tmp_path)
+    assert "fits" in answer(capfd, *asked, "--unloaded")[1]
+    assert len(probed) == 3
 
 
 def test_a_link_rate_replaces_the_probed_one(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ from app.plans import ModelPlans, arguments_for, ask_child, label_of
 from app.settings import SettingsStore
 
 SPEED = {"tokens_per_s": 31.4}
+MACHINE = {"device_name": "Card", "vram_total_bytes": 8, "ram_total_bytes": 9}
+CARD = {"vram_total_bytes": 16}
 
 
 def answer(slots: int = 576, ram_experts: int | None = None, fits: bool = True) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def answer(slots: int = 576, ram_experts: int | None = None, fits: bool = True) 
             "cannot be loaded: dbrx models cannot be run",
         ),
         ({}, ""),
+        ({"unmeasured": True}, ""),
     ],
 )
 def test_an_answer_becomes_a_few_words(said: dict[str, Any], label: str) -> None:
@@ -119,7 +122,8 @@ def test_answers_outlive_the_app_until_what_they_hold_for_changes(
     changes: list[Callable[[], object]] = [
         lambda: os.utime(folder / "model.safetensors", (1, 1)),
         lambda: (folder / "config.json").write_text("{ }"),
-        lambda: (tmp_path / "machine.json").write_text("{}"),
+        lambda: (tmp_path / "machine.json").write_text(json.dumps(MACHINE)),
+        lambda: (tmp_path / "machine.json").write_text(json.dumps(MACHINE | CARD)),
         lambda: store.update(vram_bytes=8 * 2**30),
         lambda: store.update(experts="int4"),
     ]
@@ -130,6 +134,8 @@ def test_answers_outlive_the_app_until_what_they_hold_for_changes(
         assert len(asked.arguments) == number
     (folder / "notes.txt").write_text("not the model's")
     assert again.label(str(folder))
+    (tmp_path / "machine.json").write_text(json.dumps(MACHINE | CARD | {"vram_free_bytes": 1}))
+    assert again.label(str(folder)), "written anew at every load"
     again.close()
 
 
@@ -151,6 +157,48 @@ def test_nothing_is_asked_after_the_end(tmp_path: Path, folder: Path) -> None:
     assert not asked.arguments
 
 
+def test_a_child_that_failed_is_asked_again_at_the_next_start(tmp_path: Path, folder: Path) -> None:
+    failed = threading.Event()
+
+    def fail(arguments: Sequence[str]) -> dict[str, Any]:
+        failed.set()
+        return {}
+
+    store = SettingsStore(tmp_path)
+    first = ModelPlans(tmp_path, store, fail)
+    assert first.label(str(folder)) == ""
+    assert failed.wait(10)
+    first.close()
+    assert first._thread is not None
+    first._thread.join(10)
+    assert first.label(str(folder)) == ""
+    again = ModelPlans(tmp_path, store, Asked())
+    assert until(lambda: again.label(str(folder)))
+    again.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
+def test_no_child_outlives_the_app(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr("app.plans.sys.executable", str(slow))
+    plans = ModelPlans(tmp_path, SettingsStore(tmp_path))
+    assert plans.label(str(folder)) == ""
+    deadline_s = time.monotonic() + 10
+    while plans._child is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert plans._child is not None
+    plans.close()
+    assert plans._child.wait(10) < 0
+    assert plans._thread is not None
+    plans._thread.join(10)
+    assert not plans._thread.is_alive()
+    assert not (tmp_path / "plans.json").exists()
+
+
 def test_the_settings_reach_the_question(tmp_path: Path) -> None:
     store = SettingsStore(tmp_path)
     settings = store.update(policy="hybrid", cache_fraction=0.5, vram_bytes=10**10, experts="int8")
@@ -160,7 +208,10 @@ def test_the_settings_reach_the_question(tmp_path: Path) -> None:
         assert pair == arguments[arguments.index(pair[0]) :][:2]
 
 
-def test_the_child_answers_for_a_config_alone(tmp_path: Path) -> None:
+def test_the_child_answers_for_a_config_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = {
         "model_type": "mixtral",
         "hidden_size": 64,

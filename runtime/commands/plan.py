@@ -28,6 +28,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     """Return where everything would go and the speed to expect, without reading any weights.
 
     A model that does not fit is an answer too: `fits` is false, with the reason and a next step.
+    So is `unmeasured`: a card that no load has measured yet, and that must be left alone.
     """
     from runtime.config import model_folder, model_name
     from runtime.errors import MemoryPlanError
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     from runtime.planner import plan_memory
 
     request = load_request(options)
+    if not options.profile and _unmeasured(options, request):
+        return {"unmeasured": True}
     given = Path(request.model).expanduser()
     folder = given.resolve() if given.is_file() else model_folder(request.model)
     profile = None if options.profile else _this_machine(options, request)
@@ -106,6 +109,17 @@ def _where(
     return [row for row in rows if row["bytes"]]
 
 
+def _unmeasured(options: argparse.Namespace, request: LoadRequest) -> bool:
+    """Whether only the card could tell its speed, and an engine may be using it."""
+    from runtime.config import DEFAULT_MODEL, data_dir
+    from runtime.hardware import card_present
+    from runtime.profiles_file import kept_profile
+
+    if not options.unloaded or request.model == DEFAULT_MODEL:
+        return False
+    return kept_profile(data_dir(options.data_dir)) is None and card_present()
+
+
 def _this_machine(options: argparse.Namespace, request: LoadRequest) -> HardwareProfile:
     """Probe this machine, or remember it as it was probed at the last load.
 
@@ -157,6 +171,8 @@ def _stated_profile(
 
 def tell(result: dict[str, Any]) -> str:
     """Put the result into words."""
+    if "unmeasured" in result:
+        return "The card was not measured yet: load a model first.\n"
     mark = " (emulated)" if result["emulated"] else ""
     lines = [
         f"{result['model']} on {result['device']}{mark}",
