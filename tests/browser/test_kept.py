@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser.conftest import RunningApp, Visit
+from tests.browser.conftest import FAKE_ENGINE, RunningApp, Visit, app_process, write_models
 from tests.browser.test_keyboard_and_small import SIDEWAYS
 from tests.test_expert_file import make_header, opened, write
 
 LONG = "somebody/An-Extremely-Long-Model-Name-30B-A3B-Instruct-2507-Final"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    """An app of this file's own: which model was loaded last belongs to everybody who uses one."""
+    data_dir = tmp_path_factory.mktemp("kept-app")
+    write_models(data_dir)
+    with app_process(FAKE_ENGINE, data_dir) as running:
+        yield running
 
 
 def settings(page: Page) -> Locator:

@@ -195,7 +195,7 @@ def test_what_was_learned_is_forgotten_after_a_second_press(visit: Visit) -> Non
     expect(forget).to_have_text("Forget what was learned")
     forget.click()
     forget.click()
-    expect(drawer.locator(".ps-said")).to_have_text("Forgotten.")
+    expect(drawer.locator(".ps-forgetting .ps-said")).to_have_text("Forgotten.")
     page.wait_for_function("PreScope.latest.live.snapshot.predictor_recall < 0.41")
 
 
