@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.formats import Form, FormKind
-from runtime.weight_forms import MXFP4_VALUES, Codes, dequantise
+from runtime.weight_forms import Codes
 
 INT4_COLUMNS = (64, 32, 128)
 """Sizes of groups by preference: half a bit per weight for the scales, then what divides."""
@@ -68,23 +68,6 @@ def quantise(matrix: Tensor, form: Form) -> Codes:
         scales[piece] = scale.squeeze(2)
         codes[piece] = (numbers + (8 if form.kind == "int4" else 0)).flatten(1).to(dtype)
     return Codes(form, codes, scales, zeros)
-
-
-def convert(codes: Codes, form: Form) -> tuple[Codes, float]:
-    """Return the same matrix in an int8 or int4 form, and the most by which a weight moved.
-
-    For forms that a CPU dequantises before every product (fp8, mxfp4, groups that no packed op
-    has): at a few tokens int8 is several times as fast. mxfp4 in int8 groups of 32 loses nothing
-    and takes twice the bytes; int8 takes fp8's bytes and moves weights by less than half of
-    1 / 127 of the largest in a row. Nothing is converted unasked: what a file says is what runs.
-    """
-    if codes.form.kind == "mxfp4" and (form.kind, form.rows, form.columns) == ("int8", 1, 32):
-        doubled = torch.tensor([2 * value for value in MXFP4_VALUES]).to(torch.int8)
-        zeros = torch.zeros_like(codes.scales) if form.zeros else None
-        return Codes(form, doubled[codes.codes.int()], codes.scales / 2, zeros), 0.0
-    plain = dequantise(codes, torch.float32)
-    converted = quantise(plain, form)
-    return converted, (dequantise(converted, torch.float32) - plain).abs().max().item()
 
 
 def _limits(kind: FormKind) -> tuple[int, int]:

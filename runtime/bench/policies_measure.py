@@ -21,7 +21,7 @@ from runtime.core import HardwareProfile
 from runtime.errors import PreScopeError
 from runtime.link import chunk_bytes_for
 from runtime.policy import Policy, PolicySetup
-from runtime.policy_table import make_oracle, make_policy
+from runtime.policy_table import BY_LAYER, make_oracle, make_policy
 from runtime.scheduler import Costs
 from runtime.simulate import Simulated, simulate
 
@@ -42,9 +42,6 @@ RIVALS: Mapping[str, Sequence[Settings]] = {
     MOE_INFINITY: ({},),
 }
 """The rivals and what is tried of each; the best in a cell is the rival's result there."""
-
-BY_LAYER = ("layer-stream", "static-split")
-"""Those that place whole layers."""
 
 PRESCOPE: Mapping[str, Sequence[Settings]] = {"prescope": ({},)}
 
