@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from runtime.core import ExpertId
 from runtime.eviction import Eviction
 from runtime.eviction_next_use import ExpectedNextUse
+from runtime.use_counts import UseCounts
 
 CHECK_PASSES = 8
 CHECKS_PER_LAYER = 8
@@ -34,7 +35,7 @@ class SlotValue:
         self.victim: ExpertId | None = None
         self._own = not isinstance(eviction, ExpectedNextUse)
         self._counts = (
-            eviction if isinstance(eviction, ExpectedNextUse) else ExpectedNextUse(len(experts))
+            eviction.counts if isinstance(eviction, ExpectedNextUse) else UseCounts(len(experts))
         )
         self._check = check
         self._victim_uses = 0.0
@@ -61,12 +62,12 @@ class SlotValue:
         for number in experts:
             used[number] += 1
             if self._own and not prompt:
-                self._counts.used(ExpertId(layer, number), token)
+                self._counts.used(layer, number, token)
 
     def replaces(self, victim: ExpertId | None) -> None:
         """Compare with this expert from now on; None stands for a free slot."""
         self.victim = victim
-        self._victim_uses = 0.0 if victim is None else self._counts.uses(victim, self.passes)
+        self._victim_uses = 0.0 if victim is None else self._counts.uses(*victim, self.passes)
 
     def watch(self, layer: int, missed: Sequence[int]) -> None:
         """Remember the first of these misses beside the victim, to count both's uses later."""
@@ -78,7 +79,7 @@ class SlotValue:
 
     def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
         """Remember an expert beside its victim, to count both's uses later."""
-        more = self._counts.uses(expert, CHECK_PASSES) - self._counts.uses(victim, CHECK_PASSES)
+        more = self._counts.uses(*expert, CHECK_PASSES) - self._counts.uses(*victim, CHECK_PASSES)
         here = self._used[expert.layer][expert.expert]
         seen = self._used[victim.layer][victim.expert]
         self._open.append((self._pass, expert, here, victim, seen, more))
@@ -97,8 +98,8 @@ class SlotValue:
 
     def saved(self, expert: ExpertId, victim: ExpertId | None = None) -> float:
         """Return the uses that a slot saves `expert` beyond those it costs the victim."""
-        theirs = self._victim_uses if victim is None else self._counts.uses(victim, self.passes)
-        return self.trust * (self._counts.uses(expert, self.passes) - theirs)
+        theirs = self._victim_uses if victim is None else self._counts.uses(*victim, self.passes)
+        return self.trust * (self._counts.uses(*expert, self.passes) - theirs)
 
     def lost(self, passes: float) -> float:
         """Return the uses that the victim misses within so few passes."""

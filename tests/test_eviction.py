@@ -23,7 +23,7 @@ from runtime.eviction import (
     make_eviction,
 )
 from runtime.eviction_frequency import DecayedScores
-from runtime.eviction_next_use import CROWDED, HALF_LIVES_TOKENS, SHARES
+from runtime.use_counts import HALF_LIVES_TOKENS, SHARES
 
 LAYERS, EXPERTS, HALF_LIFE = 3, 4, 16.0
 ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -88,7 +88,7 @@ class Ledger:
         """What the rule evicts by: the next use, weighed by how many slots its layer has."""
         held = sum(resident.layer == expert.layer for resident in self.residents)
         fair = max(1, len(self.residents)) / LAYERS
-        return (self.next_use(expert, layer) + 1) * (max(held, 1) / fair) ** CROWDED
+        return (self.next_use(expert, layer) + 1) * math.sqrt(max(held, 1) / fair)
 
     def recency(self, expert: ExpertId) -> int:
         return max((i for i, e in enumerate(self.touched) if e == expert), default=-1)

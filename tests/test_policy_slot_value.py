@@ -25,15 +25,15 @@ def counted(uses: list[float]) -> ExpectedNextUse:
 @pytest.mark.parametrize("passes", [1.0, 8.0, 32.0])
 def test_who_is_used_in_every_pass_will_be_used_in_every_pass(passes: float) -> None:
     always = counted([float(token) for token in range(2000)])
-    assert always.uses(FAVOURITE, passes) == pytest.approx(passes, rel=0.01)
+    assert always.counts.uses(*FAVOURITE, passes) == pytest.approx(passes, rel=0.01)
 
 
 def test_a_single_use_promises_less_per_pass_the_longer_one_looks_ahead() -> None:
     once = counted([100.0])
-    promised = [once.uses(FAVOURITE, passes) for passes in (1.0, 8.0, 32.0)]
+    promised = [once.counts.uses(*FAVOURITE, passes) for passes in (1.0, 8.0, 32.0)]
     assert 0.0 < promised[0] < promised[1] < promised[2] < 1.5
     assert promised[2] < 0.3 * 32 * promised[0]
-    assert once.uses(ExpertId(0, 3), 8.0) == 0.0
+    assert once.counts.uses(0, 3, 8.0) == 0.0
 
 
 def trust_after(seed: int, lasting: bool, passes: int = 300) -> float:
@@ -68,7 +68,7 @@ def test_nothing_counts_as_checked_before_anything_was() -> None:
     for token in range(CHECK_PASSES + 1):
         value.used(0, [0], float(token), prompt=False)
         value.replaces(VICTIM)
-        value._counts.used(FAVOURITE, float(token))
+        value._counts.used(*FAVOURITE, float(token))
         value.watch(0, [0])
         value.end_pass()
     assert value.checked

@@ -1,0 +1,143 @@
+"""How often each expert is used, over several time scales: decayed counts, and what they promise.
+
+A count decays by 2 ** (-1 / half_life) per token. An expert that is used with probability r per
+token has a count of r / (1 - 2 ** (-1 / half_life)) in the long run, so counts of several
+half-lives, each scaled back, are mixed into one rate. Pure; numpy does what concerns a whole
+layer, once per turn of the layer, and single look-ups read plain lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+HALF_LIVES_TOKENS = (1.0, 16.0, 128.0)
+SHARES = (0.2, 0.65, 0.15)
+"""What was used a token ago, a sentence ago and in this chat. Of a dozen mixtures tried on three
+traces (the default model's, and two made from statistics) this one was never worse than the
+middle scale alone by more than 0.2 points of hit rate, and up to 3 better."""
+
+RECENCY_HALF_LIFE_TOKENS = 16.0
+
+
+class UseCounts:
+    """Decayed counts of the experts of every layer. Time is in tokens and never goes back.
+
+    A layer's counts stand as they were at the end of its last turn, when anything of it was used.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        half_lives_tokens: Sequence[float] = HALF_LIVES_TOKENS,
+        shares: Sequence[float] = SHARES,
+    ) -> None:
+        self._half_lives = np.array(half_lives_tokens)
+        self._one_token = np.exp2(-1.0 / self._half_lives)
+        self._decay = self._one_token[:, None]
+        self._rates = (np.array(shares) * (1.0 - self._one_token))[:, None]
+        self._shares_up_to = np.cumsum(shares)
+        self._horizons: dict[float, list[float]] = {}
+        self._layers = [_LayerCounts(len(half_lives_tokens)) for _ in range(layers)]
+
+    def used(self, layer: int, expert: int, now: float, weight: float = 1.0) -> None:
+        """Note that an expert was routed; `weight` is 1 in decode, else a recency weight."""
+        counts = self._layers[layer]
+        if expert in counts.fresh or now != counts.turn:
+            self._add_up(counts)
+            tokens = now - counts.turn
+            if tokens:
+                decay = self._decay if tokens == 1.0 else self._decay**tokens
+                counts.table *= decay
+                counts.turn = now
+        counts.fresh[expert] = weight
+
+    def rates(self, layer: int) -> list[float]:
+        """Return the probability of use per pass, by expert; who is beyond the end has none."""
+        counts = self._layers[layer]
+        if counts.fresh:
+            self._add_up(counts)
+        if counts.rates is None:
+            # Not a matrix product: its last bits depend on where in memory the operands lie.
+            rates: list[float] = (counts.table * self._rates).sum(axis=0).tolist()
+            counts.rates = rates
+        return counts.rates
+
+    def uses(self, layer: int, expert: int, passes: float) -> float:
+        """Return in how many of the next `passes` passes the expert is expected to be used.
+
+        What it was used more, or less, over a short scale than over the next longer one dies away
+        with the short one's half-life: who was used just now will not go on at that rate.
+        """
+        counts = self._layers[layer]
+        if counts.fresh:
+            self._add_up(counts)
+        if counts.by_expert is None:
+            by_expert: list[list[float]] = counts.table.T.tolist()
+            counts.by_expert = by_expert
+        if expert >= len(counts.by_expert):
+            return 0.0
+        weights = self._horizons.get(passes) or self._horizon(passes)
+        expected = 0.0
+        for count, weight in zip(counts.by_expert[expert], weights, strict=True):
+            expected += count * weight
+        return expected
+
+    def _horizon(self, passes: float) -> list[float]:
+        lasts = (1.0 - self._one_token**passes) / (1.0 - self._one_token)
+        lasts[-1] = passes
+        weights = np.diff(self._shares_up_to * lasts, prepend=0.0) * (1.0 - self._one_token)
+        if len(self._horizons) > 2:
+            self._horizons.clear()  # one is asked for always, the other changes slowly
+        self._horizons[passes] = found = weights.tolist()
+        return found
+
+    def _add_up(self, counts: _LayerCounts) -> None:
+        if not counts.fresh:
+            return
+        numbers = list(counts.fresh)
+        if max(numbers) >= counts.table.shape[1]:
+            counts.make_room(max(numbers))
+        if all(weight == 1.0 for weight in counts.fresh.values()):
+            counts.table[:, numbers] += 1.0
+        else:
+            weights = [self._per_scale(weight) for weight in counts.fresh.values()]
+            counts.table[:, numbers] += np.stack(weights, axis=1)
+        counts.fresh.clear()
+        counts.rates = counts.by_expert = None
+
+    def _per_scale(self, weight: float) -> Floats:
+        """Return the decayed counts that uses of a recency weight stand for, [scales].
+
+        The weight is the uses' decayed count at the usual half-life: one use some tokens ago
+        where it is below 1, and above it a rate of uses, which long scales count in full.
+        """
+        if weight == 1.0:
+            return np.ones(len(self._half_lives))
+        if weight < 1.0:
+            ago: Floats = weight ** (RECENCY_HALF_LIFE_TOKENS / self._half_lives)
+            return ago
+        recency = 2.0 ** (-1.0 / RECENCY_HALF_LIFE_TOKENS)
+        always = self._one_token / (1.0 - self._one_token)
+        counts: Floats = 1.0 + (weight - 1.0) * np.minimum(always * (1.0 - recency) / recency, 1.0)
+        return counts
+
+
+class _LayerCounts:
+    """One layer's counts [scales, experts] at `turn`, and what was read from them since."""
+
+    def __init__(self, scales: int) -> None:
+        self.table = np.zeros((scales, 1))
+        self.turn = 0.0
+        self.fresh: dict[int, float] = {}
+        """Uses at `turn` that are not in the table yet, by expert: added all at once."""
+        self.rates: list[float] | None = None
+        self.by_expert: list[list[float]] | None = None
+
+    def make_room(self, expert: int) -> None:
+        more = max(expert + 1 - self.table.shape[1], self.table.shape[1])
+        self.table = np.pad(self.table, ((0, 0), (0, more)))
