@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from runtime.commands import COMMANDS
 from runtime.core import EXPERTS_WISHES, POLICIES
 from runtime.errors import ConfigError, PreScopeError
-from runtime.eviction import EVICTIONS
+from runtime.eviction_table import EVICTIONS
 from runtime.private_streams import private_output
 
 USAGE = 2

@@ -8,9 +8,10 @@ import numpy as np
 
 from runtime.activation_tracing import MoeInfinityTracer
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 
 
-class ActivationEviction:
+class ActivationEviction(Eviction):
     """Lowest `MoeInfinityTracer.reuse` first. Uses reach the tracer by its own `routed`."""
 
     def __init__(self, tracer: MoeInfinityTracer) -> None:

@@ -83,8 +83,10 @@ class CacheTable:
     def evict_by(self, eviction: Eviction, now: float) -> None:
         """Let another rule decide from now on; what is resident stays."""
         self.eviction = eviction
-        for expert in self._where:
+        for expert, number in self._where.items():
             eviction.admitted(expert, now, prefetched=False)
+            if self._slots[number].pins:
+                eviction.pinned(expert)
 
     def victim(
         self, now: float, layer: int, protected: Callable[[ExpertId], bool] = _nobody
@@ -136,12 +138,17 @@ class CacheTable:
         return slot
 
     def pin(self, number: int) -> None:
-        self._slots[number].pins += 1
+        slot = self._slots[number]
+        slot.pins += 1
+        if slot.pins == 1 and slot.expert is not None:
+            self.eviction.pinned(slot.expert)
 
     def unpin(self, number: int) -> None:
         slot = self._slots[number]
         assert slot.pins > 0, f"slot {number} is not pinned"
         slot.pins -= 1
+        if not slot.pins and slot.expert is not None:
+            self.eviction.unpinned(slot.expert)
 
     def resize(self, capacity: int) -> list[Slot]:
         """Allow `capacity` of the allocated slots; return what was evicted now.
@@ -159,6 +166,8 @@ class CacheTable:
 
     def trim(self) -> list[Slot]:
         """Empty the slots beyond `capacity` that can be emptied; return what they held."""
+        if not self._beyond:
+            return []
         return [self.release(number) for number in sorted(self._beyond) if self._evictable(number)]
 
     def check(self) -> None:

@@ -21,30 +21,32 @@ class Calibration:
     """
 
     def __init__(self) -> None:
-        self._true: dict[tuple[int, int], float] = {}
-        self._seen: dict[tuple[int, int], float] = {}
-        self._open: dict[int, list[tuple[int, int, int]]] = {}
+        self._true: dict[int, list[float]] = {}
+        self._seen: dict[int, list[float]] = {}
+        self._open: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {}
 
     def note(self, prediction: Prediction) -> dict[int, float]:
         """Return expert -> the frequency its guess is worth, and remember to check it."""
+        distance = prediction.distance
+        if distance not in self._seen:
+            self._true[distance], self._seen[distance] = [0.0] * BINS, [0.0] * BINS
+        true, seen = self._true[distance], self._seen[distance]
         worth: dict[int, float] = {}
-        noted = self._open.setdefault(prediction.layer, [])
+        noted: list[tuple[int, int]] = []
         for expert, score in prediction.guesses:
-            cell = (prediction.distance, min(BINS - 1, int(score * BINS)))
-            noted.append((expert, *cell))
-            seen = self._seen.get(cell, 0.0)
-            hoped = PRIOR_WEIGHT * score
-            worth[expert] = (hoped + self._true.get(cell, 0.0)) / (PRIOR_WEIGHT + seen)
+            cell = min(BINS - 1, int(score * BINS))
+            noted.append((expert, cell))
+            worth[expert] = (PRIOR_WEIGHT * score + true[cell]) / (PRIOR_WEIGHT + seen[cell])
+        self._open.setdefault(prediction.layer, []).append((distance, noted))
         return worth
 
     def learn(self, layer: int, chosen: Set[int]) -> None:
         """Check the guesses for `layer` against what its router chose."""
-        for expert, distance, score_bin in self._open.pop(layer, ()):
-            cell = (distance, score_bin)
-            seen = self._seen.get(cell, 0.0)
-            if seen >= FORGET_AT:
-                self._seen[cell] = seen / 2
-                self._true[cell] = self._true.get(cell, 0.0) / 2
-            self._seen[cell] = self._seen.get(cell, 0.0) + 1.0
-            if expert in chosen:
-                self._true[cell] = self._true.get(cell, 0.0) + 1.0
+        for distance, noted in self._open.pop(layer, ()):
+            true, seen = self._true[distance], self._seen[distance]
+            for expert, cell in noted:
+                if seen[cell] >= FORGET_AT:
+                    seen[cell], true[cell] = seen[cell] / 2, true[cell] / 2
+                seen[cell] += 1.0
+                if expert in chosen:
+                    true[cell] += 1.0

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush, heapreplace
 
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 
 HALF_LIFE_TOKENS = 16.0
 NEVER = -math.inf
@@ -102,7 +103,7 @@ class LowestFirst:
         return heappop(self._heap)
 
 
-class DecayedFrequency:
+class DecayedFrequency(Eviction):
     """Lowest decayed use count first; prefetched experts that nobody used go before all others."""
 
     def __init__(self, half_life_tokens: float = HALF_LIFE_TOKENS) -> None:

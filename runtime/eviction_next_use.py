@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 from runtime.use_counts import HALF_LIVES_TOKENS, SHARES, UseCounts
 
 RAREST = 2.0**-60
 
 
-class ExpectedNextUse:
+class ExpectedNextUse(Eviction):
     """Latest expected next use first; an unused prefetch whose layer has passed before all.
 
     r is a mixture of use rates over several scales at the end of the layer's last turn. Between a
@@ -43,7 +44,8 @@ class ExpectedNextUse:
         self.scans = 0
         self.counts = UseCounts(layers, half_lives_tokens, shares)
         self._residents = [_Residents() for _ in range(layers)]
-        self._held = 0
+        self._held = np.zeros(layers)
+        self._all_held = 0
         self._probation: dict[ExpertId, None] = {}
         # What each layer's first resident costs least to miss, seen from the layer being served.
         self._passes = np.full(layers, -math.inf)
@@ -69,7 +71,8 @@ class ExpectedNextUse:
         here.members.add(number)
         if here.sorted:
             here.insert(number)
-        self._held += 1
+        self._held[layer] += 1
+        self._all_held += 1
         self._changed.add(layer)
         if prefetched:
             self._probation[expert] = None
@@ -79,11 +82,26 @@ class ExpectedNextUse:
         here = self._residents[layer]
         assert number in here.members, f"{expert} has no slot"
         here.members.remove(number)
+        assert number not in here.pinned, f"{expert} is pinned"
         if here.sorted:
             here.remove(number)
-        self._held -= 1
+        self._held[layer] -= 1
+        self._all_held -= 1
         self._changed.add(layer)
         self._probation.pop(expert, None)
+
+    def pinned(self, expert: ExpertId) -> None:
+        here = self._residents[expert.layer]
+        if here.sorted:
+            here.remove(expert.expert)
+            self._changed.add(expert.layer)
+        here.pinned.add(expert.expert)
+
+    def unpinned(self, expert: ExpertId) -> None:
+        here = self._residents[expert.layer]
+        here.pinned.remove(expert.expert)
+        here.sorted = False  # until it is its layer's turn again, or a victim is looked for
+        self._changed.add(expert.layer)
 
     def victim(self, may_go: Callable[[ExpertId], bool], now: float, layer: int) -> ExpertId | None:
         for expert in self._probation:
@@ -115,33 +133,33 @@ class ExpectedNextUse:
 
     def _look_from(self, layer: int) -> None:
         """Bring what each layer's first resident costs up to date."""
-        fair = max(1.0, self._held) / len(self._residents)
-        everywhere = self._seen_from != (layer, self._held)
         for turn in self._changed:
             here = self._residents[turn]
             if not here.sorted:
                 self.scans += 1
                 here.sort(self.counts.rates(turn))
             self._passes[turn] = here.passes(0)
-            self._crowded[turn] = math.sqrt(max(len(here.members), 1) / fair)
-        if self._seen_from[1] != self._held:
-            held = [max(len(here.members), 1) for here in self._residents]
-            self._crowded = np.sqrt(np.array(held) / fair)
-        if everywhere:
+        if self._seen_from != (layer, self._all_held):
+            fair = max(1.0, self._all_held) / len(self._residents)
+            np.sqrt(np.maximum(self._held, 1.0) / fair, out=self._crowded)
             self._costs = (self._passes + self._wait_passes[layer]) * self._crowded
+            self._seen_from = (layer, self._all_held)
         else:
+            fair = max(1.0, self._all_held) / len(self._residents)
             waits = self._wait_passes[layer]
             for turn in self._changed:
+                self._crowded[turn] = math.sqrt(max(self._held[turn], 1.0) / fair)
                 self._costs[turn] = (self._passes[turn] + waits[turn]) * self._crowded[turn]
-        self._seen_from = (layer, self._held)
         self._changed.clear()
 
 
 class _Residents:
-    """A layer's residents; `order` has them least used first while `sorted`."""
+    """A layer's residents; `order` has those that are not pinned, least used first, while
+    `sorted`."""
 
     def __init__(self) -> None:
         self.members: set[int] = set()
+        self.pinned: set[int] = set()
         self.order: list[int] = []
         self.sorted = False
         self._rates: list[float] = []
@@ -150,7 +168,7 @@ class _Residents:
         self._rates = rates
         if self.members and max(self.members) >= len(rates):
             self._rates = rates + [0.0] * (max(self.members) + 1 - len(rates))
-        self.order = sorted(self.members)
+        self.order = sorted(self.members - self.pinned)
         self.order.sort(key=self._rates.__getitem__)
         self.sorted = True
 

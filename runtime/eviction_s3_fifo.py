@@ -13,12 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 
 SMALL_SHARE = 0.1
 MOST_USES = 3
 
 
-class S3Fifo:
+class S3Fifo(Eviction):
     """Queues are ordered oldest first and map each expert to its uses since it came in.
 
     The number of slots is what the queues hold when a victim is asked for, because that is when

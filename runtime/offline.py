@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 from runtime.core import ExpertId
+from runtime.eviction import Eviction
 from runtime.trace import ForwardPass
 
 NEVER = 1 << 40  # the step of a next use that does not come
@@ -70,7 +71,7 @@ def offline_misses(passes: Sequence[ForwardPass], slots: int, *, free_start: boo
     return misses
 
 
-class OfflineOptimal:
+class OfflineOptimal(Eviction):
     """Latest next use first, the whole trace being known: the eviction of the policy `oracle`.
 
     `at` has to be told of every step before its layer is served; experts routed at that step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from runtime.core import ExpertId, PolicyName
 from runtime.eviction import Eviction
@@ -32,8 +32,7 @@ class PolicySetup:
         return len(self.experts)
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """The state of the machine when a policy is asked.
 
     `token` counts tokens since the start; `tokens` is how many rows the pass has, and `prompt`
@@ -54,8 +53,7 @@ class Moment:
     in_ram: Callable[[ExpertId], bool] = lambda expert: True
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(NamedTuple):
     """A layer that was just routed: what is in place, what is coming and what is missing.
 
     `coming` are on the link; `misses` have no slot, or one whose copy has not begun.
@@ -67,8 +65,7 @@ class Routed:
     misses: tuple[Miss, ...]
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """Copy `expert` ahead: the link takes wishes by `deadline_s`. `use` is how likely it is
     needed then, 0 to 1. One that `stays` is wanted for good, not on probation until it is used."""
 

@@ -11,14 +11,14 @@ displaces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.calibration import Calibration
 from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import make_eviction
+from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_hopes import Hopes
 from runtime.policy_slot_value import SlotValue
@@ -118,7 +118,7 @@ class PreScope:
             self._missed.pop(next(iter(self._missed)))
         self._turnover.admitted += len(plan.load)
         hold = bool(plan.cpu) and self._holds() and not self._admits(moment)
-        self._plan = replace(plan, hold=hold)
+        self._plan = plan._replace(hold=hold) if hold else plan
         return self._plan
 
     def beside(
@@ -216,7 +216,7 @@ class PreScope:
             ahead_s = self._ahead_s(coming[:awaited], layer, moment)
             plan = split(ahead_s)
             given_up = tuple(miss.expert for miss in coming[awaited:])
-            plan = replace(plan, cpu=(*plan.cpu, *given_up))
+            plan = plan._replace(cpu=(*plan.cpu, *given_up))
             waits_s = ahead_s if awaited else 0.0
             kept = [miss.expert for miss in coming[:awaited]]
             total_s, _ = self._duration(plan, kept, tokens, size, waits_s, busy_s)
@@ -250,7 +250,9 @@ class PreScope:
         farthest = min(self.settings.lookahead, self.look_ahead)
         for prediction in predictions:
             if prediction.distance <= farthest and prediction.layer < self._setup.layers:
-                self._soon[prediction.layer] = self._calibration.note(prediction)
+                worth = self._calibration.note(prediction)
+                likeliest_first = sorted(worth, key=worth.__getitem__, reverse=True)
+                self._soon[prediction.layer] = {each: worth[each] for each in likeliest_first}
 
     def _everyone(self, layer: int, tokens: int) -> tuple[Prediction, ...]:
         """A prompt's chunk needs nearly every expert: guess them all."""
@@ -265,45 +267,43 @@ class PreScope:
     ) -> list[Wish]:
         """Choose copies in the order of their deadlines, as long as each is worth its price."""
         wishes: list[Wish] = []
-        if not self.look_ahead:
+        if not self.look_ahead or not self.settings.prefetch:
             return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
         holds, slower = self._holds(), self._slower
-        for expert, use, deadline_s in self._candidates(layer, window, moment):
-            if at_s >= deadline_s:
-                continue
-            copy_s = self._setup.layer_bytes[expert.layer] / self.costs.link_bytes_per_s
-            price_s = 0.0
-            if holds:
-                lands_s = window.lands_held_s(at_s, copy_s)
-            else:
-                # A copy for the next layer goes on when that is routed: it is waited for then.
-                next_one = deadline_s == window.next_s
-                lands_s = at_s + copy_s if next_one else window.lands_s(at_s, copy_s)
-                price_s = slower * window.beside_cpu_s(at_s, lands_s)
-            saved_s = self._saved_s(expert.layer)
-            in_time = max(0.0, 1.0 - max(0.0, lands_s - deadline_s) / saved_s)
-            uses = use * in_time * self._hopes.kept + self._lasting(expert)
-            if in_time and uses * saved_s > self.settings.margin * price_s:
-                wishes.append(Wish(expert, deadline_s, use))
-                self._hopes.hope(expert, use * in_time)
-                at_s = lands_s
-        return wishes
-
-    def _candidates(
-        self, layer: int, window: Window, moment: Moment
-    ) -> Iterator[tuple[ExpertId, float, float]]:
-        """Yield (expert, how likely it is used, by when) that have no slot."""
-        if not self.settings.prefetch:
-            return
-        for ahead, deadline_s in ((1, window.next_s), (2, window.second_s)):
-            soon = self._soon.get(layer + ahead)
+        kept, margin = self._hopes.kept, self.settings.margin
+        for target, deadline_s in ((layer + 1, window.next_s), (layer + 2, window.second_s)):
+            soon = self._soon.get(target)
             if not soon:
                 continue
-            for number, use in sorted(soon.items(), key=lambda item: -item[1]):
-                expert = ExpertId(layer + ahead, number)
-                if not moment.holds(expert):
-                    yield expert, use, deadline_s
+            copy_s = self._setup.layer_bytes[target] / self.costs.link_bytes_per_s
+            saved_s = self._saved_s(target)
+            begins_s, lands_s, in_time, price_s = -1.0, 0.0, 0.0, 0.0
+            for number, use in soon.items():
+                if at_s >= deadline_s:
+                    break
+                expert = ExpertId(target, number)
+                if moment.holds(expert):
+                    continue
+                if begins_s != at_s:
+                    begins_s = at_s
+                    if holds:
+                        lands_s = window.lands_held_s(at_s, copy_s)
+                    else:
+                        # A copy for the next layer goes on when that is routed: it is waited for.
+                        next_one = deadline_s == window.next_s
+                        lands_s = at_s + copy_s if next_one else window.lands_s(at_s, copy_s)
+                        price_s = margin * slower * window.beside_cpu_s(at_s, lands_s)
+                    late_s = lands_s - deadline_s
+                    in_time = 1.0 if late_s <= 0.0 else max(0.0, 1.0 - late_s / saved_s)
+                    if not in_time:
+                        break
+                uses = use * in_time * kept + self._lasting(expert)
+                if uses * saved_s > price_s:
+                    wishes.append(Wish(expert, deadline_s, use))
+                    self._hopes.hope(expert, use * in_time)
+                    at_s = lands_s
+        return wishes
 
     # What is brought in because it will be used again.
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Eviction, Lru, make_eviction
+from runtime.eviction import Eviction
+from runtime.eviction_lru import Lru
+from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Reactive, Routed
 from runtime.scheduler import MissPlan, split_by_share, split_least_makespan
 

@@ -43,18 +43,13 @@ class SlotValue:
         self._open: deque[tuple[int, ExpertId, int, ExpertId, int, float]] = deque()
         self._pass = 0
         self._matched, self._squared = HALF_TRUSTED / 2, HALF_TRUSTED
+        self.trust = self._matched / self._squared if check else 1.0
+        """How much of an estimated difference came true: least squares through the origin."""
 
     @property
     def checked(self) -> bool:
         """Whether estimates have been held against what came, if they are to be."""
         return not self._check or self._squared > HALF_TRUSTED
-
-    @property
-    def trust(self) -> float:
-        """How much of an estimated difference came true: least squares through the origin."""
-        if not self._check:
-            return 1.0
-        return max(0.0, min(MOST_TRUST, self._matched / self._squared))
 
     def used(self, layer: int, experts: Iterable[int], token: float, prompt: bool) -> None:
         """Note what a layer's router chose."""
@@ -74,8 +69,12 @@ class SlotValue:
         victim = self.victim
         if victim is None or not self._check:
             return
+        theirs = self._counts.uses(*victim, CHECK_PASSES)
+        seen = self._used[victim.layer][victim.expert]
         for number in missed[:CHECKS_PER_LAYER]:
-            self.watch_pair(ExpertId(layer, number), victim)
+            more = self._counts.uses(layer, number, CHECK_PASSES) - theirs
+            expert, here = ExpertId(layer, number), self._used[layer][number]
+            self._open.append((self._pass, expert, here, victim, seen, more))
 
     def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
         """Remember an expert beside its victim, to count both's uses later."""
@@ -95,6 +94,8 @@ class SlotValue:
             self._squared += more * more
         if self._squared > FORGET_AT:
             self._matched, self._squared = self._matched / 2, self._squared / 2
+        if self._check:
+            self.trust = max(0.0, min(MOST_TRUST, self._matched / self._squared))
 
     def saved(self, expert: ExpertId, victim: ExpertId | None = None) -> float:
         """Return the uses that a slot saves `expert` beyond those it costs the victim."""

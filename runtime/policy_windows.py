@@ -6,6 +6,7 @@ Pure arithmetic on seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SHARE = 0.05
 
@@ -57,8 +58,7 @@ class Turnover:
         self.admitted = 0
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """From now to the routing of the layer after next.
 
     The CPU computes experts until `cpu_until_s`, and again from `next_s`, when the next layer is

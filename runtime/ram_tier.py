@@ -14,7 +14,8 @@ from enum import Enum
 
 from runtime.cache import CacheTable, SlotState
 from runtime.core import ExpertId
-from runtime.eviction import DecayedFrequency, Eviction
+from runtime.eviction import Eviction
+from runtime.eviction_frequency import DecayedFrequency
 from runtime.telemetry import Counters
 
 READS_IN_FLIGHT = 8

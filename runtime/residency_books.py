@@ -25,7 +25,7 @@ class Books:
         for prediction in predictions:
             self.counters.guesses += len(prediction.guesses)
             named = self._expected.setdefault(prediction.layer, set())
-            named.update(guess.expert for guess in prediction.guesses)
+            named.update([expert for expert, _ in prediction.guesses])
 
     def expected(self, layer: int) -> Set[int]:
         """Return who was predicted for a layer, once."""

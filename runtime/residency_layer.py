@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.core import ExpertId
 from runtime.transfer_queue import Order
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """What a driver does next: first the orders, so that the link starts, then the computing."""
 
     orders: tuple[Order, ...] = ()

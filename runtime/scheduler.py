@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from runtime.core import HardwareProfile
 
 
-@dataclass(frozen=True)
-class Miss:
+class Miss(NamedTuple):
     """An expert of this layer, mostly one that no slot holds, and its number of tokens."""
 
     expert: int
     tokens: int
 
 
-@dataclass(frozen=True)
-class MissPlan:
+class MissPlan(NamedTuple):
     """Which misses go over the link, most urgent first, and which are computed on the CPU.
 
     `along` are experts that nobody asked for and that come over the link before the layer is done

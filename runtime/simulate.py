@@ -6,7 +6,7 @@ what the engine counted, which is the test that it tells the truth about the cod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from runtime.cache import CacheTable
@@ -68,6 +68,7 @@ def simulate(
     controller: Controller | None = None,
     preload: Sequence[ExpertId] = (),
     ram: RamTier | None = None,
+    watch: Callable[[Residency], None] = lambda residency: None,
 ) -> Simulated:
     """Run a trace's passes on the modelled machine of `profile`.
 
@@ -75,10 +76,12 @@ def simulate(
     there before time begins. `predictor_bytes` are the weights that a predictor reads per layer;
     they are charged to the device where the policy predicts. A `controller` decides how far is
     copied ahead; without one the policy's own choice stands. `ram` holds some of the experts and
-    is changed by the run; without it RAM holds them all.
+    is changed by the run; without it RAM holds them all. `watch` is given the residency before the
+    first pass, to see its calls.
     """
     counters = Counters()
     residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
+    watch(residency)
     for expert in preload:
         number, _ = residency.cache.reserve(expert, None, 0.0, prefetched=False)
         residency.cache.landed(number)

@@ -7,8 +7,10 @@ a virtual clock) issues one chunk at a time, so a demand overtakes a prefetch at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
 
 from runtime.core import ExpertId
 
@@ -91,8 +93,10 @@ class TransferEnded:
     bytes_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class QueueState:
+NOTHING_LEFT: Mapping[ExpertId, int] = MappingProxyType({})
+
+
+class QueueState(NamedTuple):
     """What the link still has to move. `stream_free_s` is when what is on its stream will have
     landed; behind that wait `demanded_bytes` for somebody and `backlog_bytes` in all.
 
@@ -104,7 +108,7 @@ class QueueState:
     demanded_bytes: int = 0
     backlog_bytes: int = 0
     unstarted: frozenset[ExpertId] = frozenset()
-    left_bytes: Mapping[ExpertId, int] = field(default_factory=dict)
+    left_bytes: Mapping[ExpertId, int] = NOTHING_LEFT
 
 
 @dataclass

@@ -76,15 +76,14 @@ class UseCounts:
         counts = self._layers[layer]
         if counts.fresh:
             self._add_up(counts)
-        if counts.by_expert is None:
-            by_expert: list[list[float]] = counts.table.T.tolist()
-            counts.by_expert = by_expert
-        if expert >= len(counts.by_expert):
+        rows = counts.rows
+        if rows is None:
+            counts.rows = rows = counts.table.tolist()
+        if expert >= len(rows[0]):
             return 0.0
-        weights = self._horizons.get(passes) or self._horizon(passes)
         expected = 0.0
-        for count, weight in zip(counts.by_expert[expert], weights, strict=True):
-            expected += count * weight
+        for row, weight in zip(rows, self._horizons.get(passes) or self._horizon(passes)):
+            expected += row[expert] * weight
         return expected
 
     def _horizon(self, passes: float) -> list[float]:
@@ -108,7 +107,7 @@ class UseCounts:
             weights = [self._per_scale(weight) for weight in counts.fresh.values()]
             counts.table[:, numbers] += np.stack(weights, axis=1)
         counts.fresh.clear()
-        counts.rates = counts.by_expert = None
+        counts.rates = counts.rows = None
 
     def _per_scale(self, weight: float) -> Floats:
         """Return the decayed counts that uses of a recency weight stand for, [scales].
@@ -136,7 +135,7 @@ class _LayerCounts:
         self.fresh: dict[int, float] = {}
         """Uses at `turn` that are not in the table yet, by expert: added all at once."""
         self.rates: list[float] | None = None
-        self.by_expert: list[list[float]] | None = None
+        self.rows: list[list[float]] | None = None
 
     def make_room(self, expert: int) -> None:
         more = max(expert + 1 - self.table.shape[1], self.table.shape[1])

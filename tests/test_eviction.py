@@ -13,16 +13,12 @@ from hypothesis import strategies as st
 
 from runtime.core import ExpertId
 from runtime.errors import ConfigError
-from runtime.eviction import (
-    EVICTIONS,
-    DecayedFrequency,
-    Eviction,
-    ExpectedNextUse,
-    Lru,
-    S3Fifo,
-    make_eviction,
-)
-from runtime.eviction_frequency import DecayedScores
+from runtime.eviction import Eviction
+from runtime.eviction_frequency import DecayedFrequency, DecayedScores
+from runtime.eviction_lru import Lru
+from runtime.eviction_next_use import ExpectedNextUse
+from runtime.eviction_s3_fifo import S3Fifo
+from runtime.eviction_table import EVICTIONS, make_eviction
 from runtime.use_counts import HALF_LIVES_TOKENS, SHARES
 
 LAYERS, EXPERTS, HALF_LIFE = 3, 4, 16.0

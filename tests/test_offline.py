@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core import ExpertId
-from runtime.eviction import EVICTIONS, Eviction, make_eviction
+from runtime.eviction import Eviction
+from runtime.eviction_table import EVICTIONS, make_eviction
 from runtime.offline import NEVER, OfflineOptimal, next_uses, offline_misses
 from runtime.trace import ForwardPass, LayerStep
 

@@ -47,7 +47,7 @@ def run(
 
 def moment(**changes: Any) -> Moment:
     still = Moment(5.0, 1, False, 0.0, 0.0, QueueState(0.0), 0, lambda expert: False)
-    return replace(still, **changes)
+    return still._replace(**changes)
 
 
 def test_unknown_policies_and_policies_without_slots_are_refused_by_name() -> None:

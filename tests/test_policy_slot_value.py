@@ -7,7 +7,7 @@ import random
 import pytest
 
 from runtime.core import ExpertId
-from runtime.eviction import Lru
+from runtime.eviction_lru import Lru
 from runtime.eviction_next_use import ExpectedNextUse
 from runtime.policy_slot_value import CHECK_PASSES, SlotValue
 

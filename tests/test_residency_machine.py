@@ -29,7 +29,7 @@ from runtime.core import ExpertId, PolicyName
 from runtime.device import Stream
 from runtime.device_emulated import EmulatedDevice, HazardError
 from runtime.errors import TransferError
-from runtime.eviction import EVICTIONS, make_eviction
+from runtime.eviction_table import EVICTIONS, make_eviction
 from runtime.link import Link
 from runtime.policy import Moment, Policy, PolicySetup, Reactive, Routed, Wish
 from runtime.policy_moe_infinity import MoeInfinity

@@ -22,6 +22,7 @@ from runtime.errors import PreScopeError
 from runtime.link import chunk_bytes_for
 from runtime.policy import Policy, PolicySetup
 from runtime.policy_table import BY_LAYER, make_oracle, make_policy
+from runtime.residency import Residency
 from runtime.scheduler import Costs
 from runtime.simulate import Simulated, simulate
 
@@ -108,9 +109,11 @@ def run_variants(
     return {name: bench.run(policy, settings) for name, settings in variants.items()}
 
 
-def watch_ours(cell: Cell, watch: Callable[[Policy], None], seed: int = 0) -> Result:
-    """Run our policy in a cell after `watch` was given it, to see its calls."""
-    return _Bench(cell, seed).run(next(iter(PRESCOPE)), {}, watch)
+def watch_policy(
+    cell: Cell, policy: str, watch: Callable[[Residency], None], seed: int = 0
+) -> Result:
+    """Run one policy in a cell after `watch` was given its residency, to see its calls."""
+    return _Bench(cell, seed).run(policy, {}, watch)
 
 
 class _Bench:
@@ -145,12 +148,13 @@ class _Bench:
         self.bound_tokens_per_s = self._tokens / (least_s * self._scale)
 
     def run(
-        self, name: str, settings: Settings, watch: Callable[[Policy], None] | None = None
+        self,
+        name: str,
+        settings: Settings,
+        watch: Callable[[Residency], None] = lambda residency: None,
     ) -> Result:
         """Run one policy with one choice of its settings."""
         policy = self._policy(name, settings)
-        if watch is not None:
-            watch(policy)
         chunk_bytes = chunk_bytes_for(self._profile.link_bytes_per_s.value)
         if not policy.copies_ahead:
             # Chunks let demands overtake prefetches; without prefetches an expert may stay whole.
@@ -165,6 +169,7 @@ class _Bench:
             predictor_bytes=self._predictor_bytes,
             warm_passes=self._session.warm,
             preload=self._preload[name in BY_LAYER],
+            watch=watch,
         )
         return self._result(name, settings, simulated)
 
