@@ -48,6 +48,10 @@ class CacheTable:
         self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._beyond: set[int] = set()  # slots from `capacity` up that are not empty yet
+        self.find: Callable[[ExpertId], int | None] = self._where.get
+        """Return the slot that holds or awaits an expert, or None."""
+        self.holds: Callable[[ExpertId], bool] = self._where.__contains__
+        """Say whether an expert has a slot, be it on its way there."""
         self.eviction = eviction
         self.capacity = slots
 
@@ -68,10 +72,6 @@ class CacheTable:
     def slot(self, number: int) -> Slot:
         return self._slots[number]
 
-    def find(self, expert: ExpertId) -> int | None:
-        """Return the slot that holds or awaits `expert`, or None."""
-        return self._where.get(expert)
-
     def experts(self) -> list[ExpertId]:
         """Return what the slots hold or await, in no particular order."""
         return list(self._where)
@@ -85,8 +85,8 @@ class CacheTable:
         self.eviction = eviction
         for expert, number in self._where.items():
             eviction.admitted(expert, now, prefetched=False)
-            if self._slots[number].pins:
-                eviction.pinned(expert)
+            if not self._evictable(number):
+                eviction.fixed(expert)
 
     def victim(
         self, now: float, layer: int, protected: Callable[[ExpertId], bool] = _nobody
@@ -117,6 +117,7 @@ class CacheTable:
         slot = self._slots[number]
         slot.state, slot.expert = SlotState.LOADING, expert
         self._where[expert] = self._loading[expert] = number
+        self.eviction.fixed(expert)
         self.eviction.admitted(expert, now, prefetched=prefetched)
         return number, evicted
 
@@ -127,6 +128,8 @@ class CacheTable:
         slot.state = SlotState.READY
         assert slot.expert is not None
         del self._loading[slot.expert]
+        if not slot.pins:
+            self.eviction.loosed(slot.expert)
 
     def release(self, number: int) -> Slot:
         """Empty a slot that nobody pins, whatever its state; return what it held."""
@@ -140,15 +143,15 @@ class CacheTable:
     def pin(self, number: int) -> None:
         slot = self._slots[number]
         slot.pins += 1
-        if slot.pins == 1 and slot.expert is not None:
-            self.eviction.pinned(slot.expert)
+        if slot.pins == 1 and slot.state is SlotState.READY and slot.expert is not None:
+            self.eviction.fixed(slot.expert)
 
     def unpin(self, number: int) -> None:
         slot = self._slots[number]
         assert slot.pins > 0, f"slot {number} is not pinned"
         slot.pins -= 1
-        if not slot.pins and slot.expert is not None:
-            self.eviction.unpinned(slot.expert)
+        if not slot.pins and slot.state is SlotState.READY and slot.expert is not None:
+            self.eviction.loosed(slot.expert)
 
     def resize(self, capacity: int) -> list[Slot]:
         """Allow `capacity` of the allocated slots; return what was evicted now.

@@ -25,11 +25,12 @@ class Eviction(Protocol):
     def removed(self, expert: ExpertId) -> None:
         """Note that `expert` left its slot."""
 
-    def pinned(self, expert: ExpertId) -> None:
-        """Hear that a resident will not be let go until `unpinned`. A rule may make use of it."""
+    def fixed(self, expert: ExpertId) -> None:
+        """Hear that an expert, resident or about to be, will not be let go until `loosed`: it is
+        pinned, or still on its way. A rule may make use of that."""
         return
 
-    def unpinned(self, expert: ExpertId) -> None:
+    def loosed(self, expert: ExpertId) -> None:
         """Hear that a resident may be let go again."""
         return
 

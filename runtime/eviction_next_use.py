@@ -44,17 +44,18 @@ class ExpectedNextUse(Eviction):
         self.scans = 0
         self.counts = UseCounts(layers, half_lives_tokens, shares)
         self._residents = [_Residents() for _ in range(layers)]
-        self._held = np.zeros(layers)
-        self._all_held = 0
+        self._held = 0
         self._probation: dict[ExpertId, None] = {}
-        # What each layer's first resident costs least to miss, seen from the layer being served.
+        turn = np.arange(layers)
+        self._wait_passes = (turn[None, :] - turn[:, None] - 1) % layers / layers
+        self._waits: list[list[float]] = self._wait_passes.tolist()
+        # By layer: how late its first resident is used, by how much it is crowded, and both
+        # together, seen from the layer that is being served.
         self._passes = np.full(layers, -math.inf)
         self._crowded = np.ones(layers)
         self._costs = np.full(layers, -math.inf)
         self._seen_from = (-1, 0)
         self._changed: set[int] = set()
-        turn = np.arange(layers)
-        self._wait_passes = (turn[None, :] - turn[:, None] - 1) % layers / layers
 
     def used(self, expert: ExpertId, now: float, weight: float = 1.0) -> None:
         layer, number = expert
@@ -69,10 +70,9 @@ class ExpectedNextUse(Eviction):
         here = self._residents[layer]
         assert number not in here.members, f"{expert} has a slot already"
         here.members.add(number)
-        if here.sorted:
+        if here.sorted and number not in here.fixed:
             here.insert(number)
-        self._held[layer] += 1
-        self._all_held += 1
+        self._held += 1
         self._changed.add(layer)
         if prefetched:
             self._probation[expert] = None
@@ -82,33 +82,35 @@ class ExpectedNextUse(Eviction):
         here = self._residents[layer]
         assert number in here.members, f"{expert} has no slot"
         here.members.remove(number)
-        assert number not in here.pinned, f"{expert} is pinned"
-        if here.sorted:
+        if number in here.fixed:
+            here.fixed.remove(number)
+        elif here.sorted:
             here.remove(number)
-        self._held[layer] -= 1
-        self._all_held -= 1
+        self._held -= 1
         self._changed.add(layer)
         self._probation.pop(expert, None)
 
-    def pinned(self, expert: ExpertId) -> None:
-        here = self._residents[expert.layer]
-        if here.sorted:
-            here.remove(expert.expert)
-            self._changed.add(expert.layer)
-        here.pinned.add(expert.expert)
+    def fixed(self, expert: ExpertId) -> None:
+        layer, number = expert
+        here = self._residents[layer]
+        if here.sorted and number in here.members:
+            here.remove(number)
+            self._changed.add(layer)
+        here.fixed.add(number)
 
-    def unpinned(self, expert: ExpertId) -> None:
-        here = self._residents[expert.layer]
-        here.pinned.remove(expert.expert)
-        here.sorted = False  # until it is its layer's turn again, or a victim is looked for
-        self._changed.add(expert.layer)
+    def loosed(self, expert: ExpertId) -> None:
+        layer, number = expert
+        here = self._residents[layer]
+        here.fixed.remove(number)
+        here.sorted = False  # put in order again if a victim is looked for before its next turn
+        self._changed.add(layer)
 
     def victim(self, may_go: Callable[[ExpertId], bool], now: float, layer: int) -> ExpertId | None:
         for expert in self._probation:
             if may_go(expert):
                 return expert
         self._look_from(layer)
-        costs, waits = self._costs, self._wait_passes[layer]
+        costs, waits = self._costs, self._waits[layer]
         places: dict[int, int] = {}
         found = None
         while costs[turn := int(costs.argmax())] > -math.inf:
@@ -132,34 +134,36 @@ class ExpectedNextUse(Eviction):
         return float(1.0 - waits - 1.0 / min(max(rate, RAREST), 1.0))
 
     def _look_from(self, layer: int) -> None:
-        """Bring what each layer's first resident costs up to date."""
+        """Bring up to date what each layer's first resident costs, seen from `layer`."""
+        fair = max(1.0, self._held) / len(self._residents)
+        from_layer, held = self._seen_from
         for turn in self._changed:
             here = self._residents[turn]
             if not here.sorted:
                 self.scans += 1
                 here.sort(self.counts.rates(turn))
             self._passes[turn] = here.passes(0)
-        if self._seen_from != (layer, self._all_held):
-            fair = max(1.0, self._all_held) / len(self._residents)
-            np.sqrt(np.maximum(self._held, 1.0) / fair, out=self._crowded)
-            self._costs = (self._passes + self._wait_passes[layer]) * self._crowded
-            self._seen_from = (layer, self._all_held)
+            self._crowded[turn] = math.sqrt(max(len(here.members), 1) / fair)
+        if held != self._held:
+            everywhere = [max(len(here.members), 1) for here in self._residents]
+            np.sqrt(np.array(everywhere) / fair, out=self._crowded)
+        if (from_layer, held) != (layer, self._held):
+            self._seen_from = (layer, self._held)
+            np.multiply(self._passes + self._wait_passes[layer], self._crowded, out=self._costs)
         else:
-            fair = max(1.0, self._all_held) / len(self._residents)
-            waits = self._wait_passes[layer]
+            waits = self._waits[layer]
             for turn in self._changed:
-                self._crowded[turn] = math.sqrt(max(self._held[turn], 1.0) / fair)
                 self._costs[turn] = (self._passes[turn] + waits[turn]) * self._crowded[turn]
         self._changed.clear()
 
 
 class _Residents:
-    """A layer's residents; `order` has those that are not pinned, least used first, while
-    `sorted`."""
+    """A layer's residents; while `sorted`, `order` has those that are not fixed, least used
+    first."""
 
     def __init__(self) -> None:
         self.members: set[int] = set()
-        self.pinned: set[int] = set()
+        self.fixed: set[int] = set()
         self.order: list[int] = []
         self.sorted = False
         self._rates: list[float] = []
@@ -168,7 +172,7 @@ class _Residents:
         self._rates = rates
         if self.members and max(self.members) >= len(rates):
             self._rates = rates + [0.0] * (max(self.members) + 1 - len(rates))
-        self.order = sorted(self.members - self.pinned)
+        self.order = sorted(self.members - self.fixed)
         self.order.sort(key=self._rates.__getitem__)
         self.sorted = True
 

@@ -1,7 +1,7 @@
 """The one order in which a layer's steps are done, whoever does them.
 
 Hits start at once and never wait for a copy; the CPU computes while copies fly; loaded experts are
-computed as they land; what is copied ahead is ordered last. What RAM does not hold is read from
+computed as they land; what is copied ahead is decided once the device has its work. What RAM does not hold is read from
 disk meanwhile.
 """
 
@@ -90,7 +90,11 @@ def run_layer(
     """Serve one layer: hits first, CPU work while copies fly, loads as they land."""
     _take_ended(residency, ports)
     ports.used(layer, step.demands, residency.token)
-    _do(residency, ports, residency.routed(layer, step, _moment(residency, ports, tokens)))
+    steps = residency.routed(layer, step, _moment(residency, ports, tokens))
+    _do(residency, ports, Steps(steps.orders, steps.compute))
+    _do(residency, ports, residency.ahead())
+    if steps.cpu:
+        _compute_on_cpu(residency, ports, steps.cpu)
     while residency.waits:
         idle_from_s = max(ports.now_s(), ports.busy_until_s())
         events = ports.ended(wait=True)
@@ -117,7 +121,7 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
         ports.busy_until_s(),
         ports.queue_state(),
         residency.cache.free_slots,
-        residency.holds,
+        residency.cache.holds,
         ports.in_ram,
     )
 

@@ -6,7 +6,7 @@ strong heuristic, not a bound: its split and its order of copies are PreScope's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime.core import ExpertId, PolicyName
 from runtime.offline import NEVER, OfflineOptimal
@@ -44,10 +44,10 @@ class Oracle(PreScope):
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         return self._future.next_use(wish.expert) < self._future.next_use(victim)
 
-    def _lasting(self, expert: ExpertId) -> float:
-        mine, victim = self._future.next_use(expert), self._value.victim
-        theirs = NEVER if victim is None else self._future.next_use(victim)
-        return 1.0 if mine < theirs else 0.0
+    def _lasting(self, layer: int) -> Callable[[int], float]:
+        next_use, victim = self._future.next_use, self._value.victim
+        theirs = NEVER if victim is None else next_use(victim)
+        return lambda number: 1.0 if next_use(ExpertId(layer, number)) < theirs else 0.0
 
     def _truth(self, layer: int) -> tuple[Prediction, ...]:
         layers = self._passes[self._pass].layers

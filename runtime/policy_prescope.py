@@ -11,7 +11,7 @@ displaces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,10 @@ from runtime.rails import Rails
 from runtime.scheduler import Costs, Miss, MissPlan, split_least_makespan
 from runtime.trace import Guess, Prediction
 
-KEPT_CANDIDATES = 32
+KEPT_CANDIDATES = 8
+COMPARE_EVERY = 4
+"""In every how manyth layer it is found out who would have to go: that changes little between."""
+NOTHING_ROUTED = Routed(-1, (), (), ())
 WHENEVER_S = 1e3
 """The deadline of a copy that no layer waits for: behind all that some layer does."""
 
@@ -77,6 +80,7 @@ class PreScope:
         self._soon: dict[int, dict[int, float]] = {}
         self._averages = Averages()
         self._routed_s = 0.0
+        self._routed, self._learns = NOTHING_ROUTED, False
         self._plan = MissPlan((), ())
         self._cpu_s = 0.0
         self._cpu_work_bytes = 0.0
@@ -89,7 +93,7 @@ class PreScope:
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
         self._turnover.end_pass()
-        self._value.passes = self._turnover.stay_passes
+        self._value.stay_for(self._turnover.stay_passes)
         if not moment.prompt:
             self._value.end_pass()
         self._rails.end_pass()
@@ -98,12 +102,13 @@ class PreScope:
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
         self._routed_s = moment.now_s
-        chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
-        self._calibration.learn(routed.layer, chosen)
+        self._routed, self._learns = routed, not moment.prompt
+        chosen = [m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group]
         self._value.used(routed.layer, chosen, moment.token, moment.prompt)
         self._hopes.routed(routed, moment, self._setup.layer_bytes[routed.layer])
         if routed.misses:
-            self._compare_with_victim(routed, moment)
+            if routed.layer % COMPARE_EVERY == 0 or self._value.victim is None:
+                self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
         busy_s = sum(self.costs.device_s(size, hit.tokens) for hit in routed.hits)
         plan = self._split(routed, moment, size, busy_s)
@@ -141,6 +146,7 @@ class PreScope:
         return self._ahead(routed.layer, window, moment, link_s)
 
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
+        self._learn()
         missed = len(self._plan.load) + len(self._plan.cpu)
         moved_s = (
             len(self._plan.load) * self._setup.layer_bytes[layer] / self.costs.link_bytes_per_s
@@ -179,12 +185,20 @@ class PreScope:
 
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         least = 0.0 if wish.stays else self.settings.least_use
-        if wish.use + self._value.saved(wish.expert, victim) <= least:
+        if wish.use + self._value.saved_beside(wish.expert, victim) <= least:
             return False
         if wish.stays:
             self._value.watch_pair(wish.expert, victim)
         self._turnover.admitted += 1
         return True
+
+    def _learn(self) -> None:
+        """Hold against the layer that is done what was guessed, and remember what it missed."""
+        routed, self._routed = self._routed, NOTHING_ROUTED
+        chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
+        self._calibration.learn(routed.layer, chosen)
+        if routed.misses and self._learns:
+            self._value.watch(routed.layer, [miss.expert for miss in routed.misses])
 
     # Where misses are served.
 
@@ -193,17 +207,16 @@ class PreScope:
         layer = routed.layer
         costs = self.costs if self.settings.constants else self.costs.without_constants()
         saved_s = self._saved_s(layer) * self.settings.bonus
-        lasting = {m.expert: self._lasting(ExpertId(layer, m.expert)) for m in routed.misses}
+        lasting = self._lasting(layer)
 
         def bonus_s(expert: int) -> float:
-            return max(0.0, lasting[expert]) * saved_s
+            return max(0.0, lasting(expert)) * saved_s
 
         def device_s(tokens: int) -> float:
             return costs.device_s(size, tokens)
 
         def split(ahead_s: float) -> MissPlan:
-            worth = lasting.__getitem__
-            rest = (ahead_s, busy_s, worth, bonus_s, device_s)
+            rest = (ahead_s, busy_s, lasting, bonus_s, device_s)
             return split_least_makespan(routed.misses, size, costs, *rest)
 
         if not routed.coming:
@@ -241,8 +254,6 @@ class PreScope:
         if not moment.free_slots:
             victim = self.eviction.victim(may_go, moment.token, routed.layer)
         self._value.replaces(victim)
-        if not moment.prompt:
-            self._value.watch(routed.layer, [miss.expert for miss in routed.misses])
 
     # What is copied ahead.
 
@@ -277,7 +288,7 @@ class PreScope:
             if not soon:
                 continue
             copy_s = self._setup.layer_bytes[target] / self.costs.link_bytes_per_s
-            saved_s = self._saved_s(target)
+            saved_s, lasting = self._saved_s(target), self._lasting(target)
             begins_s, lands_s, in_time, price_s = -1.0, 0.0, 0.0, 0.0
             for number, use in soon.items():
                 if at_s >= deadline_s:
@@ -298,7 +309,7 @@ class PreScope:
                     in_time = 1.0 if late_s <= 0.0 else max(0.0, 1.0 - late_s / saved_s)
                     if not in_time:
                         break
-                uses = use * in_time * kept + self._lasting(expert)
+                uses = use * in_time * kept + lasting(number)
                 if uses * saved_s > price_s:
                     wishes.append(Wish(expert, deadline_s, use))
                     self._hopes.hope(expert, use * in_time)
@@ -327,22 +338,24 @@ class PreScope:
             return []
         for expert in [each for each in self._missed if moment.holds(each)]:
             del self._missed[expert]
-        found = max(self._missed, key=self._lasting, default=None)
+        lasting = {layer: self._lasting(layer) for layer in {each.layer for each in self._missed}}
+        found = max(self._missed, key=lambda e: lasting[e.layer](e.expert), default=None)
         if found is None:
             return []
         copy_s = self._setup.layer_bytes[found.layer] / costs.link_bytes_per_s
         pass_s = averages.period_s * self._setup.layers
         free = max(0.1, 1.0 - averages.link_share)
-        uses = self._lasting(found) - self._value.lost(copy_s / free / pass_s)
+        uses = lasting[found.layer](found.expert) - self._value.lost(copy_s / free / pass_s)
         price_s = self._slower * copy_s * min(1.0, averages.cpu_s / averages.period_s)
         if not free_slot and uses * self._saved_s(found.layer) <= self.settings.margin * price_s:
             return []
         self._admitting = found
         return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]
 
-    def _lasting(self, expert: ExpertId) -> float:
-        """Return the uses that a slot will save, beyond those of whom it displaces."""
-        return self._value.saved(expert)
+    def _lasting(self, layer: int) -> Callable[[int], float]:
+        """Return the uses that a slot will save each expert of a layer, beyond those of whom it
+        displaces."""
+        return self._value.saved(layer)
 
     @property
     def _slower(self) -> float:

@@ -9,7 +9,7 @@ difference came true is what later differences are multiplied by. Pure.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from runtime.core import ExpertId
 from runtime.eviction import Eviction
@@ -21,22 +21,25 @@ CHECKS_PER_LAYER = 8
 HALF_TRUSTED = 40.0
 FORGET_AT = 4000.0
 MOST_TRUST = 1.5
+STAY, CHECK = 0, 1
+"""The horizons of the counts: how long a slot keeps what it got, and until a check."""
 
 
 class SlotValue:
-    """Estimates uses saved by a slot over the next `passes` passes, which its owner sets.
+    """Estimates uses saved by a slot over as many passes as its owner says (`stay_for`).
 
     `eviction` is asked who would go. Uses are estimated by the same counts where it keeps them,
     else by counts of its own. With `check` off estimates are believed as they are.
     """
 
     def __init__(self, eviction: Eviction, experts: Sequence[int], check: bool = True) -> None:
-        self.passes = 1.0
         self.victim: ExpertId | None = None
         self._own = not isinstance(eviction, ExpectedNextUse)
         self._counts = (
             eviction.counts if isinstance(eviction, ExpectedNextUse) else UseCounts(len(experts))
         )
+        self._counts.expect(experts)
+        self.stay_for(1.0)
         self._check = check
         self._victim_uses = 0.0
         self._used = [[0] * count for count in experts]
@@ -51,6 +54,11 @@ class SlotValue:
         """Whether estimates have been held against what came, if they are to be."""
         return not self._check or self._squared > HALF_TRUSTED
 
+    def stay_for(self, passes: float) -> None:
+        """Estimate uses over so many passes from now on."""
+        self._passes = passes
+        self._counts.look_ahead((passes, CHECK_PASSES))
+
     def used(self, layer: int, experts: Iterable[int], token: float, prompt: bool) -> None:
         """Note what a layer's router chose."""
         used = self._used[layer]
@@ -62,23 +70,23 @@ class SlotValue:
     def replaces(self, victim: ExpertId | None) -> None:
         """Compare with this expert from now on; None stands for a free slot."""
         self.victim = victim
-        self._victim_uses = 0.0 if victim is None else self._counts.uses(*victim, self.passes)
+        self._victim_uses = 0.0 if victim is None else self._uses(victim, STAY)
 
     def watch(self, layer: int, missed: Sequence[int]) -> None:
         """Remember the first of these misses beside the victim, to count both's uses later."""
         victim = self.victim
         if victim is None or not self._check:
             return
-        theirs = self._counts.uses(*victim, CHECK_PASSES)
+        theirs, uses = self._uses(victim, CHECK), self._counts.uses(layer, CHECK)
         seen = self._used[victim.layer][victim.expert]
         for number in missed[:CHECKS_PER_LAYER]:
-            more = self._counts.uses(layer, number, CHECK_PASSES) - theirs
+            more = uses[number] - theirs
             expert, here = ExpertId(layer, number), self._used[layer][number]
             self._open.append((self._pass, expert, here, victim, seen, more))
 
     def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
         """Remember an expert beside its victim, to count both's uses later."""
-        more = self._counts.uses(*expert, CHECK_PASSES) - self._counts.uses(*victim, CHECK_PASSES)
+        more = self._uses(expert, CHECK) - self._uses(victim, CHECK)
         here = self._used[expert.layer][expert.expert]
         seen = self._used[victim.layer][victim.expert]
         self._open.append((self._pass, expert, here, victim, seen, more))
@@ -97,11 +105,19 @@ class SlotValue:
         if self._check:
             self.trust = max(0.0, min(MOST_TRUST, self._matched / self._squared))
 
-    def saved(self, expert: ExpertId, victim: ExpertId | None = None) -> float:
-        """Return the uses that a slot saves `expert` beyond those it costs the victim."""
-        theirs = self._victim_uses if victim is None else self._counts.uses(*victim, self.passes)
-        return self.trust * (self._counts.uses(*expert, self.passes) - theirs)
+    def saved(self, layer: int) -> Callable[[int], float]:
+        """Return the uses that a slot saves an expert of this layer beyond those it costs the
+        victim, as a function of the expert's number; it holds until the next event."""
+        uses, theirs, trust = self._counts.uses(layer, STAY), self._victim_uses, self.trust
+        return lambda number: trust * (uses[number] - theirs)
+
+    def saved_beside(self, expert: ExpertId, victim: ExpertId) -> float:
+        """Return the same for one expert and a victim of its own."""
+        return self.trust * (self._uses(expert, STAY) - self._uses(victim, STAY))
 
     def lost(self, passes: float) -> float:
         """Return the uses that the victim misses within so few passes."""
-        return self._victim_uses * min(1.0, passes / self.passes)
+        return self._victim_uses * min(1.0, passes / self._passes)
+
+    def _uses(self, expert: ExpertId, horizon: int) -> float:
+        return self._counts.uses(expert.layer, horizon)[expert.expert]

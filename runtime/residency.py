@@ -74,69 +74,73 @@ class Residency:
         self.books.expect(predictions)
         return self._prefetch(self.policy.begin_pass(predictions, moment), moment, 0)
 
-    def holds(self, expert: ExpertId) -> bool:
-        """Say whether `expert` has a slot, be it on its way there."""
-        return self.cache.find(expert) is not None
-
     def routed(self, layer: int, step: LayerStep, moment: Moment) -> Steps:
         """Open a layer whose router chose `step.demands`; decide every expert.
 
         Hits come back as `compute` at once and are pinned until `computed`. A transfer of which
-        no byte is on the link yet makes its expert a miss like any other.
+        no byte is on the link yet makes its expert a miss like any other. What is copied ahead is
+        for `ahead` to say, once the layer's own work is on its way.
         """
         assert self._open is None, f"layer {self._open} is still open"
-        opened = self._open = OpenLayer(layer)
         hits: list[tuple[ExpertId, int]] = []
         hit: list[Miss] = []
         coming: list[Miss] = []
         misses: list[Miss] = []
-        expected = self.books.expected(layer)
+        cache, books, expected = self.cache, self.books, self.books.expected(layer)
         for number, tokens in step.demands.items():
             expert = ExpertId(layer, number)
             weight = 1.0 if step.recency is None else step.recency.get(number, 0.0)
-            self.cache.eviction.used(expert, self.token, weight)
-            slot_number = self.cache.find(expert)
-            if slot_number is not None:
-                slot = self.cache.slot(slot_number)
+            cache.eviction.used(expert, self.token, weight)
+            place = cache.find(expert)
+            if place is not None:
+                slot = cache.slot(place)
                 if slot.state is SlotState.READY:
-                    self.cache.pin(slot_number)
-                    self.books.hit(slot, number in expected)
-                    opened.to_compute.add(expert)
-                    hits.append((expert, slot_number))
+                    cache.pin(place)
+                    books.hit(slot, number in expected)
+                    hits.append((expert, place))
                     hit.append(Miss(number, tokens))
                     continue
-            self.counters.misses_predicted += number in expected
-            started = slot_number is not None and expert not in moment.queue.unstarted
+            books.missed(number in expected)
+            started = place is not None and expert not in moment.queue.unstarted
             (coming if started else misses).append(Miss(number, tokens))
-        self.counters.routed += len(step.demands)
-        self.books.expect(step.predictions)
+        books.routed(step)
         routed = Routed(layer, tuple(hit), tuple(coming), tuple(misses))
         plan = self.policy.place(routed, moment)
+        opened = self._open = OpenLayer(layer, routed, plan, step.predictions, moment)
+        opened.to_compute.update([expert for expert, _ in hits])
+        if not (coming or misses or plan.along):
+            return Steps((), tuple(hits))
         orders: list[Order] = []
+        if plan.hold:
+            opened.held = True
+            orders.append(Hold(True))
         for miss in coming:
             if miss.expert not in plan.cpu:
                 self._join(ExpertId(layer, miss.expert), orders)
         orders += self._drop_unwanted(layer, plan.load, moment.queue.unstarted)
         for number in plan.load:
             expert = ExpertId(layer, number)
-            if self.holds(expert):
+            if cache.holds(expert):
                 self._join(expert, orders)
             else:
                 opened.for_slot.append(expert)
                 self.counters.served_on_demand += 1
         if plan.along:
             wanted = {ExpertId(layer, number) for number in plan.along} - set(opened.for_slot)
-            opened.along = {expert for expert in wanted if not self.holds(expert)}
+            opened.along = {expert for expert in wanted if not cache.holds(expert)}
             opened.for_slot.extend(sorted(opened.along))
         cpu = self._to_cpu([ExpertId(layer, number) for number in plan.cpu])
         orders += self._fill_slots()
-        if not opened.for_slot:
-            wishes = self.policy.beside(routed, plan, step.predictions, moment)
-            orders += self._prefetch(wishes, moment, layer).orders
-        if plan.hold:
-            opened.held = True
-            orders.insert(0, Hold(True))
         return Steps(tuple(orders), tuple(hits), cpu)
+
+    def ahead(self) -> Steps:
+        """Choose what to copy while the open layer is served, as it was when it was routed."""
+        opened = self._open
+        assert opened is not None
+        if opened.for_slot:
+            return Steps()
+        wishes = self.policy.beside(opened.routed, opened.plan, opened.predictions, opened.moment)
+        return self._prefetch(wishes, opened.moment, opened.layer)
 
     def cancel_prefetches(self) -> Steps:
         """Give up every copy under way that nobody waits for."""

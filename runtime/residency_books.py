@@ -9,7 +9,7 @@ from collections.abc import Sequence, Set
 
 from runtime.cache import Slot
 from runtime.telemetry import Counters
-from runtime.trace import Prediction
+from runtime.trace import LayerStep, Prediction
 from runtime.transfer_queue import Outcome, TransferEnded
 
 
@@ -30,6 +30,15 @@ class Books:
     def expected(self, layer: int) -> Set[int]:
         """Return who was predicted for a layer, once."""
         return self._expected.pop(layer, set())
+
+    def routed(self, step: LayerStep) -> None:
+        """A layer's router chose; others are predicted with it."""
+        self.counters.routed += len(step.demands)
+        self.expect(step.predictions)
+
+    def missed(self, expected: bool) -> None:
+        """A routed expert was in no slot."""
+        self.counters.misses_predicted += expected
 
     def hit(self, slot: Slot, expected: bool) -> None:
         """A routed expert was in its slot; a prefetched one is used now."""

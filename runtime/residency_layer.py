@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from runtime.core import ExpertId
+from runtime.policy import Moment, Routed
+from runtime.scheduler import MissPlan
+from runtime.trace import Prediction
 from runtime.transfer_queue import Order
 
 
@@ -20,12 +24,17 @@ class Steps(NamedTuple):
 
 @dataclass
 class OpenLayer:
-    """The layer being served: who still waits for a slot, for its bytes, or to be computed.
+    """The layer being served: what was decided about it, and who still waits for a slot, for its
+    bytes, or to be computed.
 
     `along` came with the layer although nobody asked for it; it is waited for, not computed.
     """
 
     layer: int
+    routed: Routed
+    plan: MissPlan
+    predictions: Sequence[Prediction]
+    moment: Moment
     for_slot: deque[ExpertId] = field(default_factory=deque)
     for_bytes: set[ExpertId] = field(default_factory=set)
     to_compute: set[ExpertId] = field(default_factory=set)

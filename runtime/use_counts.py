@@ -39,9 +39,9 @@ class UseCounts:
         self._half_lives = np.array(half_lives_tokens)
         self._one_token = np.exp2(-1.0 / self._half_lives)
         self._decay = self._one_token[:, None]
-        self._rates = (np.array(shares) * (1.0 - self._one_token))[:, None]
+        self._rates = np.array(shares) * (1.0 - self._one_token)
         self._shares_up_to = np.cumsum(shares)
-        self._horizons: dict[float, list[float]] = {}
+        self.look_ahead(())
         self._layers = [_LayerCounts(len(half_lives_tokens)) for _ in range(layers)]
 
     def used(self, layer: int, expert: int, now: float, weight: float = 1.0) -> None:
@@ -57,43 +57,43 @@ class UseCounts:
         counts.fresh[expert] = weight
 
     def rates(self, layer: int) -> list[float]:
-        """Return the probability of use per pass, by expert; who is beyond the end has none."""
-        counts = self._layers[layer]
-        if counts.fresh:
-            self._add_up(counts)
-        if counts.rates is None:
-            # Not a matrix product: its last bits depend on where in memory the operands lie.
-            rates: list[float] = (counts.table * self._rates).sum(axis=0).tolist()
-            counts.rates = rates
-        return counts.rates
+        """Return each expert's probability of use per pass; who is beyond the end has none."""
+        return self._read(layer)[0]
 
-    def uses(self, layer: int, expert: int, passes: float) -> float:
-        """Return in how many of the next `passes` passes the expert is expected to be used.
+    def uses(self, layer: int, horizon: int) -> list[float]:
+        """Return in how many of the next `horizons[horizon]` passes each expert is expected to be
+        used, at least for all experts that were ever used or `expect`ed.
 
         What it was used more, or less, over a short scale than over the next longer one dies away
         with the short one's half-life: who was used just now will not go on at that rate.
         """
+        return self._read(layer)[1 + horizon]
+
+    def look_ahead(self, horizons: Sequence[float]) -> None:
+        """Look so many passes ahead from each layer's next turn on."""
+        weights = [self._rates]
+        for passes in horizons:
+            lasts = (1.0 - self._one_token**passes) / (1.0 - self._one_token)
+            lasts[-1] = passes
+            uses = np.diff(self._shares_up_to * lasts, prepend=0.0)
+            weights.append(uses * (1.0 - self._one_token))
+        self._weights = np.stack(weights)[:, :, None]
+
+    def expect(self, experts: Sequence[int]) -> None:
+        """Make room for so many experts of each layer."""
+        for counts, number in zip(self._layers, experts, strict=True):
+            if number > counts.table.shape[1]:
+                counts.make_room(number - 1)
+
+    def _read(self, layer: int) -> list[list[float]]:
         counts = self._layers[layer]
         if counts.fresh:
             self._add_up(counts)
-        rows = counts.rows
-        if rows is None:
-            counts.rows = rows = counts.table.tolist()
-        if expert >= len(rows[0]):
-            return 0.0
-        expected = 0.0
-        for row, weight in zip(rows, self._horizons.get(passes) or self._horizon(passes)):
-            expected += row[expert] * weight
-        return expected
-
-    def _horizon(self, passes: float) -> list[float]:
-        lasts = (1.0 - self._one_token**passes) / (1.0 - self._one_token)
-        lasts[-1] = passes
-        weights = np.diff(self._shares_up_to * lasts, prepend=0.0) * (1.0 - self._one_token)
-        if len(self._horizons) > 2:
-            self._horizons.clear()  # one is asked for always, the other changes slowly
-        self._horizons[passes] = found = weights.tolist()
-        return found
+        if counts.read is None:
+            # Not a matrix product: its last bits depend on where in memory the operands lie.
+            read: list[list[float]] = (counts.table * self._weights).sum(axis=1).tolist()
+            counts.read = read
+        return counts.read
 
     def _add_up(self, counts: _LayerCounts) -> None:
         if not counts.fresh:
@@ -107,7 +107,7 @@ class UseCounts:
             weights = [self._per_scale(weight) for weight in counts.fresh.values()]
             counts.table[:, numbers] += np.stack(weights, axis=1)
         counts.fresh.clear()
-        counts.rates = counts.rows = None
+        counts.read = None
 
     def _per_scale(self, weight: float) -> Floats:
         """Return the decayed counts that uses of a recency weight stand for, [scales].
@@ -134,9 +134,10 @@ class _LayerCounts:
         self.turn = 0.0
         self.fresh: dict[int, float] = {}
         """Uses at `turn` that are not in the table yet, by expert: added all at once."""
-        self.rates: list[float] | None = None
-        self.rows: list[list[float]] | None = None
+        self.read: list[list[float]] | None = None
+        """Rates, and uses by horizon, as they were first asked for."""
 
     def make_room(self, expert: int) -> None:
         more = max(expert + 1 - self.table.shape[1], self.table.shape[1])
         self.table = np.pad(self.table, ((0, 0), (0, more)))
+        self.read = None

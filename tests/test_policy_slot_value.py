@@ -25,15 +25,18 @@ def counted(uses: list[float]) -> ExpectedNextUse:
 @pytest.mark.parametrize("passes", [1.0, 8.0, 32.0])
 def test_who_is_used_in_every_pass_will_be_used_in_every_pass(passes: float) -> None:
     always = counted([float(token) for token in range(2000)])
-    assert always.counts.uses(*FAVOURITE, passes) == pytest.approx(passes, rel=0.01)
+    always.counts.look_ahead([passes])
+    assert always.counts.uses(0, 0)[FAVOURITE.expert] == pytest.approx(passes, rel=0.01)
 
 
 def test_a_single_use_promises_less_per_pass_the_longer_one_looks_ahead() -> None:
     once = counted([100.0])
-    promised = [once.counts.uses(*FAVOURITE, passes) for passes in (1.0, 8.0, 32.0)]
+    once.counts.expect([EXPERTS])
+    once.counts.look_ahead((1.0, 8.0, 32.0))
+    promised = [once.counts.uses(0, horizon)[FAVOURITE.expert] for horizon in range(3)]
     assert 0.0 < promised[0] < promised[1] < promised[2] < 1.5
     assert promised[2] < 0.3 * 32 * promised[0]
-    assert once.counts.uses(0, 3, 8.0) == 0.0
+    assert once.counts.uses(0, 1)[3] == 0.0
 
 
 def trust_after(seed: int, lasting: bool, passes: int = 300) -> float:
@@ -79,10 +82,10 @@ def test_nothing_counts_as_checked_before_anything_was() -> None:
 
 def test_other_rules_than_expected_next_use_are_valued_by_counts_of_our_own() -> None:
     value = SlotValue(Lru(), (EXPERTS,))
-    value.passes = 8.0
+    value.stay_for(8.0)
     for token in range(50):
         value.used(0, [0], float(token), prompt=False)
-    assert value.saved(FAVOURITE, VICTIM) > 0.0
+    assert value.saved_beside(FAVOURITE, VICTIM) > 0.0
     value.replaces(FAVOURITE)
-    assert value.saved(VICTIM) < 0.0
+    assert value.saved(0)(VICTIM.expert) < 0.0
     assert 0.0 < value.lost(2.0) < value.lost(4.0)

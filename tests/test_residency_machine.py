@@ -191,7 +191,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.device.busy_until_s(),
             self.transfer.state(self.device.now_s()),
             self.residency.cache.free_slots,
-            self.residency.holds,
+            self.residency.cache.holds,
         )
 
     @precondition(lambda self: self.to_compute)

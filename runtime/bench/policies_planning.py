@@ -19,7 +19,7 @@ from runtime.residency import Residency
 
 BATCHES = (1, 4, 16, 64)
 POLICIES = ("prescope", "hybrid")
-CALLS = ("routed", "computed", "ended", "stalled", "layer_done")
+CALLS = ("routed", "computed", "ahead", "ended", "stalled", "layer_done")
 T = TypeVar("T")
 
 
