@@ -1,9 +1,9 @@
 """Multiplying by matrices that are held quantised, the fastest way this machine has per batch.
 
-bfloat16 on a CPU has fast ways of its own: torch's packed ops for a few tokens, and for many a
-dequantisation made of a handful of vectorised passes before an ordinary product. They round
-differently, so the way depends on nothing but the matrix, the dtype and the number of tokens:
-where and when an expert is computed on a device never changes its rows. Everything else
+bfloat16 on a CPU has fast ways of its own: torch's packed ops and our fused ones for a few tokens,
+and for many a dequantisation made of a handful of vectorised passes before an ordinary product.
+They round differently, so the way depends on nothing but the matrix, the dtype and the number of
+tokens: where and when an expert is computed on a device never changes its rows. Everything else
 dequantises to the activations' dtype and multiplies as if the matrix were plain. torch's packed
 ops are scalar loops for other dtypes than bfloat16 (thirty times slower than dequantising), and
 its eight-bit op reads beyond its memory where the inputs are no multiple of 16.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from runtime.formats import Matrix
+from runtime.kernels_fused import has_fused_product, multiply_fused
 from runtime.weight_forms import MXFP4_VALUES, dequantise, held, is_packed
 from runtime.weight_packing import packing
 
@@ -33,7 +34,8 @@ def has_packed_op(matrix: Matrix, dtype: torch.dtype) -> bool:
         return False
     form = matrix.form
     by_rows = form.kind == "int8" and form.rows == 1 and not form.columns and not form.zeros
-    return is_packed(matrix) or (by_rows and matrix.shape[1] % _INT8_COLUMNS == 0)
+    eight_bit = by_rows and matrix.shape[1] % _INT8_COLUMNS == 0
+    return is_packed(matrix) or eight_bit or has_fused_product(matrix)
 
 
 def multiply(
@@ -51,6 +53,8 @@ def multiply(
 
 
 def _packed(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    if matrix.form.kind in ("fp8", "mxfp4"):
+        return multiply_fused(matrix, parts, x)
     numbers, rows, group = parts[matrix.name], matrix.shape[0], matrix.form.columns
     if not is_packed(matrix):
         scales = parts[f"{matrix.name}.scales"].to(x.dtype).view(-1)
