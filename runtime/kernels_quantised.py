@@ -12,7 +12,8 @@ its eight-bit op reads beyond its memory where the inputs are no multiple of 16.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from runtime.weight_packing import packing
 FEW_TOKENS = 8
 """Up to how many tokens packed ops are taken where nothing was measured."""
 _INT8_COLUMNS = 16
+_ROWS_AT_ONCE = 1024
 
 
 def has_packed_op(matrix: Matrix, dtype: torch.dtype) -> bool:
@@ -106,10 +108,35 @@ def _unpacked(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
         scales = parts[f"{matrix.name}.scales"].to(x.dtype).view(-1)
         return linear(x, parts[matrix.name].to(x.dtype)) * scales
     if form.kind == "fp8":
-        return linear(x, _float8(matrix, parts))
+        return _some_rows_at_a_time(matrix, parts, x, _float8)
     if form.kind == "mxfp4" and form.columns and columns % form.columns == 0 == columns % 4:
-        return linear(x, _mxfp4(matrix, parts))
+        return _some_rows_at_a_time(matrix, parts, x, _mxfp4)
     return linear(x, dequantise(held(matrix, parts), x.dtype))
+
+
+def _some_rows_at_a_time(
+    matrix: Matrix,
+    parts: Mapping[str, Tensor],
+    x: Tensor,
+    dequantised: Callable[[Matrix, Mapping[str, Tensor]], Tensor],
+) -> Tensor:
+    """Multiply by blocks of about `_ROWS_AT_ONCE` rows, whose numbers stay in the caches.
+
+    Memory for a large matrix would also be mapped anew each time, which takes longer than the rest.
+    """
+    (rows, columns), block_rows = matrix.shape, matrix.form.rows
+    step = max(_ROWS_AT_ONCE // block_rows, 1) * block_rows
+    numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        some = {
+            matrix.name: numbers[first:last],
+            f"{matrix.name}.scales": scales[first // block_rows : -(-last // block_rows)],
+        }
+        weight = dequantised(replace(matrix, shape=(last - first, columns)), some)
+        out[:, first:last] = linear(x, weight)
+    return out
 
 
 def _by_column(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
