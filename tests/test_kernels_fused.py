@@ -153,6 +153,17 @@ def test_products_are_within_their_bound(name: str, shape: tuple[int, int]) -> N
         assert torch.equal(product, multiply(matrix, parts, x, few_tokens=9))
 
 
+def test_results_are_rounded_to_the_nearest_and_ties_to_even() -> None:
+    """Sums of two activations that float32 holds exactly; the bound above is too wide to tell."""
+    x = torch.zeros((128, 32))
+    x[:, 0] = 1 + torch.arange(128) / 128
+    x[:, 1] = torch.arange(128) % 9 * 2.0**-10 * (-1) ** torch.arange(128)
+    ones = {"w": torch.full((1, 16), 0x22, dtype=torch.uint8)}
+    ones["w.scales"] = torch.tensor([[127]], dtype=torch.uint8)
+    product = multiply_fused(Matrix("w", (1, 32), MXFP4), ones, x.bfloat16())
+    assert torch.equal(product, x.sum(1, keepdim=True).bfloat16())
+
+
 def _swapped_nibbles(parts: Mapping[str, Tensor]) -> None:
     parts["w"].copy_(parts["w"] << 4 | parts["w"] >> 4)
 
