@@ -1,9 +1,9 @@
 """Multiplying by matrices that are held quantised, the fastest way this machine has per batch.
 
-bfloat16 on a CPU has fast ways of its own: torch's packed ops for a few tokens, and for many a
-dequantisation made of a handful of vectorised passes before an ordinary product. They round
-differently, so the way depends on nothing but the matrix, the dtype and the number of tokens:
-where and when an expert is computed on a device never changes its rows. Everything else
+bfloat16 on a CPU has fast ways of its own: torch's packed ops and our fused ones for a few tokens,
+and for many a dequantisation made of a handful of vectorised passes before an ordinary product.
+They round differently, so the way depends on nothing but the matrix, the dtype and the number of
+tokens: where and when an expert is computed on a device never changes its rows. Everything else
 dequantises to the activations' dtype and multiplies as if the matrix were plain. torch's packed
 ops are scalar loops for other dtypes than bfloat16 (thirty times slower than dequantising), and
 its eight-bit op reads beyond its memory where the inputs are no multiple of 16.
@@ -12,19 +12,22 @@ its eight-bit op reads beyond its memory where the inputs are no multiple of 16.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from runtime.formats import Matrix
+from runtime.kernels_fused import has_fused_product, multiply_fused
 from runtime.weight_forms import MXFP4_VALUES, dequantise, held, is_packed
 from runtime.weight_packing import packing
 
 FEW_TOKENS = 8
 """Up to how many tokens packed ops are taken where nothing was measured."""
 _INT8_COLUMNS = 16
+_ROWS_AT_ONCE = 1024
 
 
 def has_packed_op(matrix: Matrix, dtype: torch.dtype) -> bool:
@@ -33,7 +36,8 @@ def has_packed_op(matrix: Matrix, dtype: torch.dtype) -> bool:
         return False
     form = matrix.form
     by_rows = form.kind == "int8" and form.rows == 1 and not form.columns and not form.zeros
-    return is_packed(matrix) or (by_rows and matrix.shape[1] % _INT8_COLUMNS == 0)
+    eight_bit = by_rows and matrix.shape[1] % _INT8_COLUMNS == 0
+    return is_packed(matrix) or eight_bit or has_fused_product(matrix)
 
 
 def multiply(
@@ -51,6 +55,8 @@ def multiply(
 
 
 def _packed(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    if matrix.form.kind in ("fp8", "mxfp4"):
+        return multiply_fused(matrix, parts, x)
     numbers, rows, group = parts[matrix.name], matrix.shape[0], matrix.form.columns
     if not is_packed(matrix):
         scales = parts[f"{matrix.name}.scales"].to(x.dtype).view(-1)
@@ -102,10 +108,35 @@ def _unpacked(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
         scales = parts[f"{matrix.name}.scales"].to(x.dtype).view(-1)
         return linear(x, parts[matrix.name].to(x.dtype)) * scales
     if form.kind == "fp8":
-        return linear(x, _float8(matrix, parts))
+        return _some_rows_at_a_time(matrix, parts, x, _float8)
     if form.kind == "mxfp4" and form.columns and columns % form.columns == 0 == columns % 4:
-        return linear(x, _mxfp4(matrix, parts))
+        return _some_rows_at_a_time(matrix, parts, x, _mxfp4)
     return linear(x, dequantise(held(matrix, parts), x.dtype))
+
+
+def _some_rows_at_a_time(
+    matrix: Matrix,
+    parts: Mapping[str, Tensor],
+    x: Tensor,
+    dequantised: Callable[[Matrix, Mapping[str, Tensor]], Tensor],
+) -> Tensor:
+    """Multiply by blocks of about `_ROWS_AT_ONCE` rows, whose numbers stay in the caches.
+
+    Memory for a large matrix would also be mapped anew each time, which takes longer than the rest.
+    """
+    (rows, columns), block_rows = matrix.shape, matrix.form.rows
+    step = max(_ROWS_AT_ONCE // block_rows, 1) * block_rows
+    numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        some = {
+            matrix.name: numbers[first:last],
+            f"{matrix.name}.scales": scales[first // block_rows : -(-last // block_rows)],
+        }
+        weight = dequantised(replace(matrix, shape=(last - first, columns)), some)
+        out[:, first:last] = linear(x, weight)
+    return out
 
 
 def _by_column(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class Observed(server.AppServer):
         super().run()
 server.AppServer = Observed
 def report():
-    heavy = [name for name in ("torch", "transformers", "numpy.f2py") if name in sys.modules]
+    never = ("torch", "transformers", "llvmlite", "numpy.f2py")
+    heavy = [name for name in never if name in sys.modules]
     stubs = sys.modules["gradio.component_meta"].create_or_modify_pyi.__module__
     with open(data + "/report.json", "w") as file:
         json.dump({"names": names, "heavy": heavy, "stubs": stubs}, file)

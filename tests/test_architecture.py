@@ -181,6 +181,7 @@ def test_the_app_imports_only_what_needs_no_torch() -> None:
         ("gradio", re.compile(r"^app/ui")),
         ("transformers", re.compile(r"^runtime/(adapter|loader)|^assets/training/")),
         ("torch.cuda", re.compile(r"^runtime/(device|hardware|kernels)|^assets/launcher/verify")),
+        ("llvmlite", re.compile(r"^runtime/kernels_(fused|llvm)")),
     ],
 )
 def test_fenced_libraries_stay_in_their_rooms(word: str, allowed: re.Pattern[str]) -> None:

@@ -49,10 +49,10 @@ def test_it_is_measured_once_for_the_largest_matrix_and_kept(tmp_path: Path) -> 
     assert Crossovers(tmp_path, second).few_tokens(layout_of(INT4, (64, 64))) == 99
 
 
-@pytest.mark.parametrize("form", [Form("fp8", 128, 128), Form("mxfp4", 1, 32)])
-def test_forms_without_a_packed_product_are_not_measured(tmp_path: Path, form: Form) -> None:
+@pytest.mark.parametrize("form", [Form("fp8"), Form("mxfp4", 1, 32), Form("int4")])
+def test_matrices_without_a_packed_product_are_not_measured(tmp_path: Path, form: Form) -> None:
     asked = Asked(3)
-    assert Crossovers(tmp_path, asked).few_tokens(layout_of(form, (64, 128))) == FEW_TOKENS
+    assert Crossovers(tmp_path, asked).few_tokens(layout_of(form, (64, 132))) == FEW_TOKENS
     assert asked.matrices == []
 
 
@@ -73,6 +73,10 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) 
     assert crossovers.few_tokens(layout_of(INT4, (64, 128))) == 4
 
 
-def test_a_measurement_is_a_step_of_the_ladder() -> None:
-    assert measured_few_tokens(layout_of(INT4, (256, 512)).matrices[0]) in (0, *LADDER)
+@pytest.mark.parametrize("form", [INT4, Form("fp8", 128, 128), Form("mxfp4", 1, 32)])
+def test_a_measurement_is_a_step_of_the_ladder(form: Form) -> None:
+    assert measured_few_tokens(layout_of(form, (256, 512)).matrices[0]) in (0, *LADDER)
+
+
+def test_what_may_not_be_measured_is_assumed() -> None:
     assert assumed_few_tokens(layout_of(INT4, (64, 128))) == FEW_TOKENS

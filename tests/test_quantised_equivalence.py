@@ -23,6 +23,7 @@ from runtime.device_host import HostDevice
 from runtime.executor import Executor
 from runtime.formats import ExpertFormat, Form
 from runtime.kernels import views
+from runtime.kernels_quantised import has_packed_op
 from runtime.loader import LoadedModel
 from runtime.store import ExpertStore, LayerSource, bytes_in
 from runtime.weight_forms import form_for
@@ -181,6 +182,14 @@ def test_every_plan_gives_the_same_bits(loaded: LoadedModel, name: str, few_toke
     for plan, logits in results.items():
         for ours, theirs in zip(logits, reference, strict=True):
             assert torch.equal(ours, theirs), plan
+
+
+def test_every_form_has_both_ways_here(loaded: LoadedModel) -> None:
+    """The comparison above must have run the packed products and the fused ones."""
+    for form in HELD.values():
+        with held(loaded, form) as store:
+            matrices = store.format_of(0).matrices
+            assert any(has_packed_op(matrix, torch.bfloat16) for matrix in matrices), form
 
 
 def test_what_is_held_decides_the_logits(loaded: LoadedModel) -> None:
