@@ -31,6 +31,7 @@ KEPT_CANDIDATES = 8
 COMPARE_EVERY = 4
 """In every how manyth layer it is found out who would have to go: that changes little between."""
 NOTHING_ROUTED = Routed(-1, (), (), ())
+NO_MISSES = MissPlan((), ())
 WHENEVER_S = 1e3
 """The deadline of a copy that no layer waits for: behind all that some layer does."""
 
@@ -81,7 +82,7 @@ class PreScope:
         self._averages = Averages()
         self._routed_s = 0.0
         self._routed, self._learns = NOTHING_ROUTED, False
-        self._plan = MissPlan((), ())
+        self._plan = NO_MISSES
         self._cpu_s = 0.0
         self._cpu_work_bytes = 0.0
         self._moved = (0, 0.0)
@@ -106,11 +107,14 @@ class PreScope:
         chosen = [m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group]
         self._value.used(routed.layer, chosen, moment.token, moment.prompt)
         self._hopes.routed(routed, moment, self._setup.layer_bytes[routed.layer])
-        if routed.misses:
-            if routed.layer % COMPARE_EVERY == 0 or self._value.victim is None:
-                self._compare_with_victim(routed, moment)
+        self._cpu_s = self._cpu_work_bytes = 0.0
+        self._plan = NO_MISSES
+        if not (routed.misses or routed.coming):
+            return self._plan
+        if routed.misses and (routed.layer % COMPARE_EVERY == 0 or self._value.victim is None):
+            self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
-        busy_s = sum(self.costs.device_s(size, hit.tokens) for hit in routed.hits)
+        busy_s = self._hits_s(routed)
         plan = self._split(routed, moment, size, busy_s)
         tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
         _, self._cpu_s = self._duration(plan, (), tokens, size, 0.0, busy_s)
@@ -139,7 +143,7 @@ class PreScope:
             ahead_s = link_s - moment.now_s
             link_s = moment.now_s + self.costs.link_s(size, len(plan.load), ahead_s)
         cpu_until_s = moment.now_s + self._cpu_s
-        device_s = sum(self.costs.device_s(size, hit.tokens) for hit in routed.hits)
+        device_s = self._hits_s(routed)
         waited_s = link_s if plan.load or routed.coming else moment.now_s
         end_s = max(cpu_until_s, moment.now_s, waited_s)
         window = self._window(moment, cpu_until_s, end_s, moment.device_free_s + device_s)
@@ -224,7 +228,7 @@ class PreScope:
         tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
         left = moment.queue.left_bytes
         coming = sorted(routed.coming, key=lambda m: left.get(ExpertId(layer, m.expert), 0))
-        best, best_s = MissPlan((), ()), float("inf")
+        best, best_s = NO_MISSES, float("inf")
         for awaited in range(len(coming), -1, -1):
             ahead_s = self._ahead_s(coming[:awaited], layer, moment)
             plan = split(ahead_s)
@@ -236,6 +240,13 @@ class PreScope:
             if total_s < best_s:
                 best, best_s = plan, total_s
         return best
+
+    def _hits_s(self, routed: Routed) -> float:
+        """Seconds that the device computes what is in place."""
+        tokens = sum([hit.tokens for hit in routed.hits])
+        size, costs = self._setup.layer_bytes[routed.layer], self.costs
+        more_tokens = (tokens - len(routed.hits)) / costs.device_tokens_per_pass
+        return size / costs.device_bytes_per_s * (len(routed.hits) + more_tokens)
 
     def _holds(self) -> bool:
         """Say whether copies ahead should wait while the CPU computes: what they cost it is

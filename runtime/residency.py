@@ -209,18 +209,19 @@ class Residency:
     def _prefetch(self, wishes: Sequence[Wish], moment: Moment, layer: int) -> Steps:
         """Start copying wishes, as far as slots can be had from those worth less."""
         orders: list[Order] = []
+        victim = None
         for wish in wishes:
             expert = wish.expert
-            if self.cache.find(expert) is not None:
+            if self.cache.holds(expert):
                 continue
-            victim = None
             if not self.cache.free_slots:
-                victim = self.cache.victim(self.token, layer, self.policy.protects)
+                victim = victim or self.cache.victim(self.token, layer, self.policy.protects)
                 if victim is None:
                     break
                 if not self.policy.displaces(wish, victim, moment):
                     continue
             number = self._reserve(expert, victim, prefetched=not wish.stays)
+            victim = None
             size = self._layer_bytes[expert.layer]
             self.cache.slot(number).unused_prefetch_bytes = size
             self.counters.prefetches += 1

@@ -17,6 +17,7 @@ from runtime.layer_run import begin_pass, run_layer
 from runtime.policy import Policy
 from runtime.ram_tier import RamTier, Read
 from runtime.residency import Residency
+from runtime.simulate_deciding import Deciding, PacedResidency
 from runtime.telemetry import Counters
 from runtime.timeline import Timeline
 from runtime.trace import ForwardPass, LayerStep
@@ -68,6 +69,7 @@ def simulate(
     controller: Controller | None = None,
     preload: Sequence[ExpertId] = (),
     ram: RamTier | None = None,
+    deciding: Deciding | None = None,
     watch: Callable[[Residency], None] = lambda residency: None,
 ) -> Simulated:
     """Run a trace's passes on the modelled machine of `profile`.
@@ -76,19 +78,24 @@ def simulate(
     there before time begins. `predictor_bytes` are the weights that a predictor reads per layer;
     they are charged to the device where the policy predicts. A `controller` decides how far is
     copied ahead; without one the policy's own choice stands. `ram` holds some of the experts and
-    is changed by the run; without it RAM holds them all. `watch` is given the residency before the
-    first pass, to see its calls.
+    is changed by the run; without it RAM holds them all. `deciding` is charged to the host on top of
+    the profile's `host_layer_s`. `watch` is given the residency before the first pass, to see its
+    calls.
     """
     counters = Counters()
-    residency = Residency(CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
+    charged_bytes = predictor_bytes if policy.predicts else 0
+    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes, ram)
+    owned = (CacheTable(slots, policy.eviction), policy, layer_bytes, counters)
+    if deciding is None:
+        residency = Residency(*owned)
+    else:
+        residency = PacedResidency(*owned, ports.timeline, deciding)
     watch(residency)
     for expert in preload:
         number, _ = residency.cache.reserve(expert, None, 0.0, prefetched=False)
         residency.cache.landed(number)
         if ram is not None:
             ram.arrived(expert, number)
-    charged_bytes = predictor_bytes if policy.predicts else 0
-    ports = _LedgerPorts(profile, layer_bytes, chunk_bytes, counters, charged_bytes, ram)
     warm, warm_s = Counters(), 0.0
     for number, forward in enumerate(passes):
         ports.timeline.wait_for_compute()

@@ -1,15 +1,19 @@
 """One cell of `bench policies`: every policy on the same chats and machine, under virtual time.
 
 Every policy starts with full slots and sees the same passes, of which the first are not measured
-(`policies_chats`).
+(`policies_chats`). What deciding takes each policy is charged to the host (`assets/bench/planning.json`,
+measured by `bench policies --planning`).
 Only a model's first layers are simulated; seconds and bytes are scaled by layers / simulated.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from runtime.activation_tracing import MoeInfinityTracer
@@ -25,6 +29,7 @@ from runtime.policy_table import BY_LAYER, make_oracle, make_policy
 from runtime.residency import Residency
 from runtime.scheduler import Costs
 from runtime.simulate import Simulated, simulate
+from runtime.simulate_deciding import Deciding
 
 Settings = Mapping[str, Any]
 
@@ -45,6 +50,16 @@ RIVALS: Mapping[str, Sequence[Settings]] = {
 """The rivals and what is tried of each; the best in a cell is the rival's result there."""
 
 PRESCOPE: Mapping[str, Sequence[Settings]] = {"prescope": ({},)}
+
+
+PLANNING_FILE = Path(__file__).resolve().parents[2] / "assets" / "bench" / "planning.json"
+
+
+@cache
+def planning_costs() -> Mapping[str, Deciding]:
+    """Read what deciding takes, by policy, on the machine that the committed file names."""
+    policies = json.loads(PLANNING_FILE.read_text("utf-8"))["policies"]
+    return {name: Deciding.from_json(value) for name, value in policies.items()}
 
 
 class BoundError(PreScopeError):
@@ -113,15 +128,16 @@ def watch_policy(
     cell: Cell, policy: str, watch: Callable[[Residency], None], seed: int = 0
 ) -> Result:
     """Run one policy in a cell after `watch` was given its residency, to see its calls."""
-    return _Bench(cell, seed).run(policy, {}, watch)
+    return _Bench(cell, seed, charged=False).run(policy, {}, watch)
 
 
 class _Bench:
     """One cell's machine, model and chats, on which policies are run one after another."""
 
-    def __init__(self, cell: Cell, seed: int) -> None:
+    def __init__(self, cell: Cell, seed: int, charged: bool = True) -> None:
         model, session = MODELS[cell.model], session_of(cell, seed)
         self._cell = cell
+        self._deciding = planning_costs() if charged else {}
         layers = len(session.experts)
         self._session = session
         self._profile: HardwareProfile = cell.machine.profile(
@@ -169,6 +185,7 @@ class _Bench:
             predictor_bytes=self._predictor_bytes,
             warm_passes=self._session.warm,
             preload=self._preload[name in BY_LAYER],
+            deciding=self._deciding.get(name),
             watch=watch,
         )
         return self._result(name, settings, simulated)

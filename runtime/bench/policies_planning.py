@@ -1,86 +1,127 @@
-"""`bench policies --planning`: how long the engine's thread decides per layer, for each model's shape.
+"""`bench policies --planning`: how long the engine's thread decides per layer, for every policy.
 
-Wall time of everything that decides: the policy, and residency, which carries its choices out in
-the books. On whatever runs this: Python, one thread. The modelled machine is that of the first fixed
-cell, by hash, with the model and the batch; the chats are the cell's.
+Wall time of everything that decides: the policy, and residency, which keeps the books. On whatever
+runs this: Python, one thread. Each model's modelled machine is that of the first fixed cell, by
+hash, with the model and the batch; the chats are the cell's. `bench policies` charges the lines that
+are fitted here, as they were measured on the machine that `assets/bench/planning.json` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
 
+import numpy as np
+
 from runtime.bench.policies_cells import MAIN_MODELS, Cell, by_hash
-from runtime.bench.policies_measure import watch_policy
+from runtime.bench.policies_measure import ORACLE, PRESCOPE, RIVALS, watch_policy
 from runtime.bench.policies_models import MODELS
 from runtime.residency import Residency
 
 BATCHES = (1, 4, 16, 64)
-POLICIES = ("prescope", "hybrid")
-CALLS = ("routed", "computed", "ahead", "ended", "stalled", "layer_done")
+ROUNDS = 3
+STEPS: Mapping[str, tuple[str, ...]] = {
+    "routed": ("routed", "computed"),
+    "ahead": ("ahead",),
+    "done": ("ended", "stalled", "layer_done"),
+}
+"""What the device waits for, what is weighed while it computes, and what ends the layer."""
 T = TypeVar("T")
 
 
 class _Timed:
-    """Adds up the seconds of each layer's calls; a layer ends with `layer_done`."""
+    """The seconds of each layer's calls, by step, and how many experts were routed."""
 
     def __init__(self) -> None:
-        self.layers_s: list[float] = []
-        self._open_s = 0.0
+        self.layers: list[dict[str, float]] = []
+        self.experts: list[int] = []
+        self._open = dict.fromkeys(STEPS, 0.0)
 
     def watch(self, residency: Residency) -> None:
-        """Time the calls of this residency from now on."""
-        for name in CALLS:
-            setattr(residency, name, self._timing(getattr(residency, name), name))
+        """Time the calls of this residency from now on; `layer_done` is a layer's last."""
+        for step, calls in STEPS.items():
+            for name in calls:
+                setattr(residency, name, self._timing(getattr(residency, name), name, step))
 
-    def _timing(self, call: Callable[..., T], name: str) -> Callable[..., T]:
+    def _timing(self, call: Callable[..., T], name: str, step: str) -> Callable[..., T]:
         def timed(*arguments: Any) -> T:
             began_s = perf_counter()
             result = call(*arguments)
-            self._open_s += perf_counter() - began_s
-            if name == CALLS[-1]:
-                self.layers_s.append(self._open_s)
-                self._open_s = 0.0
+            self._open[step] += perf_counter() - began_s
+            if name == "routed":
+                self.experts.append(len(arguments[1].demands))
+            elif name == "layer_done":
+                self.layers.append(self._open)
+                self._open = dict.fromkeys(STEPS, 0.0)
             return result
 
         return timed
 
 
-def measure_planning(cells: Sequence[Cell], seed: int = 0) -> list[dict[str, Any]]:
-    """Return one row per main model and batch of `BATCHES` that has a decode cell."""
-    rows = []
+def measure_planning(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
+    """Return medians per model, batch and policy, and per policy a line through them by experts."""
+    policies = (*PRESCOPE, *RIVALS, ORACLE)
+    rows: list[dict[str, Any]] = []
     for name in MAIN_MODELS:
         for batch in BATCHES:
             fitting = [c for c in by_hash(cells) if (c.model, c.batch) == (name, batch)]
             chosen = next((c for c in fitting if c.phase == "decode"), None)
-            if chosen is None:
-                continue
-            model = MODELS[name]
-            row = {
-                "model": name,
-                "experts": model.experts,
-                "top_k": model.top_k,
-                "batch": batch,
-            }
-            for policy in POLICIES:
-                timed = _Timed()
-                watch_policy(chosen, policy, timed.watch, seed)
-                row["layers_timed"] = len(timed.layers_s)
-                row[f"{policy}_us_per_layer"] = 1e6 * median(timed.layers_s)
-            rows.append(row)
-    return rows
+            if chosen is not None:
+                rows += (_row(chosen, policy, seed) for policy in policies)
+    lines = {policy: _lines([row for row in rows if row["policy"] == policy]) for policy in policies}
+    machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    return {"machine": machine, "rows": rows, "policies": lines}
 
 
-def tell_planning(rows: Sequence[dict[str, Any]]) -> str:
-    """Put the rows into a table."""
-    lines = ["What deciding takes on this computer, in microseconds per layer (median):"]
-    head = "".join(f"{policy:>10}" for policy in POLICIES)
-    lines.append(f"{'model':24}{'experts':>8}{'top-k':>6}{'batch':>6}{head}")
-    for row in rows:
-        figures = "".join(f"{row[f'{policy}_us_per_layer']:10.0f}" for policy in POLICIES)
+def _row(cell: Cell, policy: str, seed: int) -> dict[str, Any]:
+    """Time one policy in one cell; of several runs the fastest says what deciding takes."""
+    runs = []
+    for _ in range(ROUNDS):
+        timed = _Timed()
+        watch_policy(cell, policy, timed.watch, seed)
+        runs.append({step: median(layer[step] for layer in timed.layers) for step in STEPS})
+    steps_s = {step: min(run[step] for run in runs) for step in STEPS}
+    model = MODELS[cell.model]
+    return {
+        "model": cell.model,
+        "experts": model.experts,
+        "top_k": model.top_k,
+        "batch": cell.batch,
+        "policy": policy,
+        "layers_timed": len(timed.layers),
+        "routed_experts": median(timed.experts),
+        **{f"{step}_us": 1e6 * seconds for step, seconds in steps_s.items()},
+        "us_per_layer": 1e6 * sum(steps_s.values()),
+    }
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Fit each step's seconds by base + slope x routed experts, neither below zero."""
+    experts = np.array([row["routed_experts"] for row in rows], np.float64)
+    fitted = {}
+    for step in STEPS:
+        seconds = np.array([row[f"{step}_us"] for row in rows]) * 1e-6
+        # Relative deviations count: short layers are as many as long ones.
+        sides = np.stack([np.ones_like(experts), experts], axis=1) / seconds[:, None]
+        base, slope = np.linalg.lstsq(sides, np.ones_like(seconds), rcond=None)[0]
+        if base < 0.0 or slope < 0.0:
+            base, slope = (float(np.median(seconds)), 0.0) if slope < 0.0 else (0.0, slope)
+        fitted[step] = {"base_s": round(float(base), 9), "expert_s": round(float(slope), 10)}
+    return fitted
+
+
+def tell_planning(planning: Mapping[str, Any]) -> str:
+    """Put the result into tables."""
+    lines = [f"What deciding takes on this computer ({planning['machine']}), in microseconds per"]
+    lines.append("layer: until its work is ordered + copies ahead + its end.")
+    lines.append(f"{'model':24}{'experts':>8}{'top-k':>6}{'batch':>6}  policy")
+    for row in planning["rows"]:
+        steps = " + ".join(f"{row[f'{step}_us']:.0f}" for step in STEPS)
         lines.append(
-            f"{row['model']:24}{row['experts']:8}{row['top_k']:6}{row['batch']:6}{figures}"
+            f"{row['model']:24}{row['experts']:8}{row['top_k']:6}{row['batch']:6}  "
+            f"{row['policy']:14}{row['us_per_layer']:6.0f} = {steps}"
         )
     return "\n".join(lines) + "\n"
