@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,7 +28,7 @@ from runtime.formats import ExpertFormat
 from runtime.hot_experts import HotExperts
 from runtime.kernels import ExpertMath, views
 from runtime.kernels_crossover import assumed_few_tokens
-from runtime.layer_rows import LayerRows, open_rows, recency_of
+from runtime.layer_rows import LayerRows, RoutedTokens, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
 from runtime.policy import PolicySetup
@@ -60,16 +59,6 @@ class MoeLayer(Protocol):
 
     @property
     def format(self) -> ExpertFormat: ...
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """What one sequence brings to a MoE layer: hidden states (tokens, hidden), the experts its
-    router chose (tokens, k) and their weights (tokens, k)."""
-
-    hidden_states: torch.Tensor
-    top_k_index: torch.Tensor
-    top_k_weights: torch.Tensor
 
 
 BEFORE_LAYERS = -1
@@ -287,12 +276,13 @@ class Executor:
         began_s = time.perf_counter()
         pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
         launched_s = time.perf_counter()
-        math = self._maths[layer]
-        rows = [open_rows(math, p.hidden_states, p.top_k_index, p.top_k_weights) for p in parts]
+        flat = None if pending is None else pending.flat
+        also = () if flat is None else (flat,)
+        rows, read = open_rows(self._maths[layer], self._device, parts, also)
         opened_s = time.perf_counter()
         step = LayerStep(
             _united(rows),
-            () if pending is None else pending.read(),
+            () if pending is None else pending.read(*read),
             recency_of([part.top_k_index for part in parts]) if self._span > 1 else None,
         )
         if predictor is not None:
@@ -360,6 +350,9 @@ class Executor:
     def busy_until_s(self) -> float:
         return self._device.busy_until_s()
 
+    def watch_compute(self) -> Callable[[], float]:
+        return self._device.watch_compute()
+
     def queue_state(self) -> QueueState:
         return self._transfer.state(self._device.now_s())
 
@@ -392,7 +385,7 @@ class Executor:
             for mine in rows:
                 demanded = {e: held for e, held in parts.items() if e in mine.demands}
                 if demanded:
-                    mine.compute_together(demanded)
+                    mine.compute_on_cpu(demanded)
 
         layout_bytes = self._layers[experts[0].layer].format.size_bytes
         work = [(layout_bytes, self._demands[expert.expert]) for expert in experts]

@@ -6,7 +6,7 @@ what the engine counted, which is the test that it tells the truth about the cod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from runtime.cache import CacheTable
@@ -145,6 +145,10 @@ class _LedgerPorts:
 
     def busy_until_s(self) -> float:
         return self.timeline.compute_free_s
+
+    def watch_compute(self) -> Callable[[], float]:
+        done_s = self.timeline.compute_free_s
+        return lambda: done_s
 
     def queue_state(self) -> QueueState:
         return self.pump.state(self.timeline.host_s)
