@@ -59,7 +59,8 @@ class HardwareProfile:
     `host_layer_s` is host time per MoE layer. `*_tokens_per_pass` is how many more tokens for one
     expert cost as much as reading its weights once more: below it work is bound by memory.
     `disk_*` is what reading whole experts from the model's files costs, past the page cache.
-    `pinnable_bytes` is how much host memory the system lets be pinned, None where nobody knows.
+    `pinnable_bytes` is how much host memory the system lets be pinned, None where no limit is
+    known.
     """
 
     device_kind: DeviceKind

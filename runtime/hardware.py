@@ -89,13 +89,35 @@ def within(limit_s: float, function: Callable[[], _T]) -> _T | None:
     return results[0] if results else None
 
 
+def driver_version(nvml: Any = None) -> str | None:
+    """Return the version of the cards' driver, or None if it cannot be read in time."""
+    return within(NVML_LIMIT_S, lambda: _driver_version(nvml or _nvml()))
+
+
+def _driver_version(nvml: Any) -> str | None:
+    if nvml is None:
+        return None
+    try:
+        nvml.nvmlInit()
+        version = nvml.nvmlSystemGetDriverVersion()
+        nvml.nvmlShutdown()
+    except (nvml.NVMLError, OSError):
+        return None
+    return str(version)[:100]
+
+
+def _nvml() -> Any:
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return None
+
+
 def cards_from_nvml(nvml: Any = None) -> list[Card]:
     """Return every card NVML knows; empty if the library or the driver is missing or fails."""
+    nvml = nvml or _nvml()
     if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return []
+        return []
     try:
         nvml.nvmlInit()
     except (nvml.NVMLError, OSError):
