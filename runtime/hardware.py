@@ -29,6 +29,7 @@ CUDA_LIMIT_S = 30.0
 _BLOCK_BYTES = 64 * MIB
 _EXPERT = (2048, 4096)
 _CPU_MEASURE_S = 0.2
+_AMPERE = (8, 0)
 _T = TypeVar("_T")
 
 
@@ -174,6 +175,7 @@ def _measured(card: Card, ram: Memory) -> HardwareProfile:
         vram_free_bytes=card.memory.free_bytes,
     )
     device = torch.device("cuda", torch.cuda.current_device())
+    profile = replace(profile, bfloat16=torch.cuda.get_device_capability(device) >= _AMPERE)
     measures: dict[str, Callable[[], float]] = {
         "link_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=True),
         "link_unpinned_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=False),
