@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from mmap import PAGESIZE
 
 import torch
 
@@ -63,6 +64,7 @@ class CudaDevice:
         self._pinnable_bytes = profile.pinnable_bytes
         self._registered: dict[int, torch.Tensor] = {}
         self._registered_bytes = 0
+        self._refused_bytes: int | None = None
 
     def now_s(self) -> float:
         return time.perf_counter()
@@ -82,13 +84,17 @@ class CudaDevice:
         return slab
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        slab = torch.empty(size_bytes, dtype=torch.uint8)
         if size_bytes == 0 or not self._may_pin(size_bytes):
-            return slab
+            return torch.empty(size_bytes, dtype=torch.uint8)
+        # Whole pages of its own: a page that is registered cannot be registered once more.
+        whole_bytes = -(-size_bytes // PAGESIZE) * PAGESIZE
+        pages = torch.empty(whole_bytes + PAGESIZE, dtype=torch.uint8)
+        begin = -pages.data_ptr() % PAGESIZE
+        slab = pages[begin : begin + size_bytes]
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = int(cudart.cudaHostRegister(slab.data_ptr(), size_bytes, 0))
+        code = int(cudart.cudaHostRegister(slab.data_ptr(), whole_bytes, 0))
         if code == _CUDA_SUCCESS:
-            self._registered[slab.data_ptr()] = slab
+            self._registered[pages.data_ptr()] = slab
             self._registered_bytes += size_bytes
         else:
             self._forget_refusal()
@@ -96,13 +102,14 @@ class CudaDevice:
         return slab
 
     def _may_pin(self, size_bytes: int) -> bool:
-        if self.notes:  # refused once: asking again may fail for good, and each time takes long
+        if self._refused_bytes is not None and size_bytes >= self._refused_bytes:
             return False
         if self._pinnable_bytes is None or size_bytes <= _SMALL_BYTES:
             return True
         return self._registered_bytes + size_bytes <= self._pinnable_bytes
 
     def _note_refusal(self, size_bytes: int) -> None:
+        self._refused_bytes = size_bytes  # as much is not asked for again: each time takes long
         self.notes = (
             f"The driver refused to pin {size_bytes / 2**20:.0f} MiB of memory beside the"
             f" {self._registered_bytes / 2**30:.2f} GiB that are pinned: experts outside those take"
@@ -115,7 +122,7 @@ class CudaDevice:
             torch.zeros(1, device=self.torch_device).add_(1)
 
     def release_host(self, block: torch.Tensor) -> None:
-        if self._registered.pop(block.data_ptr(), None) is not None:
+        if self._registered.pop(block.untyped_storage().data_ptr(), None) is not None:
             self._registered_bytes -= block.numel()
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             cudart.cudaHostUnregister(block.data_ptr())
@@ -235,8 +242,8 @@ class CudaDevice:
         for stream in (*self._streams.values(), self._reading):
             stream.synchronize()
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for address in self._registered:
-            cudart.cudaHostUnregister(address)
+        for slab in self._registered.values():
+            cudart.cudaHostUnregister(slab.data_ptr())
         self._registered.clear()
         torch.cuda.empty_cache()
 

@@ -130,6 +130,7 @@ class Executor:
         self._rows: Sequence[LayerRows] = ()
         self._demands: Mapping[int, int] = {}
         self._span = 1
+        self._cpu_likely = self._cpu_used = False
         self._uncounted = (0, 0.0)
 
     @property
@@ -195,7 +196,8 @@ class Executor:
         if self._predictor is None:
             return
         try:
-            self._predictor.improve(budget_s)
+            with self.computing():  # what is made there is multiplied on that stream
+                self._predictor.improve(budget_s)
         except RuntimeError as failure:  # no memory left on a full card, or no convergence
             log.warning("learning was given up for now: %s", failure)
 
@@ -204,7 +206,8 @@ class Executor:
         if self._hot is not None:
             self._hot.reset()
         if self._predictor is not None:
-            self._predictor.reset()
+            with self.computing():
+                self._predictor.reset()
 
     def computing(self) -> AbstractContextManager[object]:
         """Return the context that a forward pass must run in."""
@@ -226,6 +229,7 @@ class Executor:
         if self._observe is not None:
             self._observe(BEFORE_LAYERS, LayerStep({}, predictions))
         self._span = span
+        self._cpu_likely, self._cpu_used = self._cpu_used, False
         begin_pass(self.residency, self, tokens, span, predictions)
 
     def counters(self) -> Counters:
@@ -278,12 +282,13 @@ class Executor:
         launched_s = time.perf_counter()
         flat = None if pending is None else pending.flat
         also = () if flat is None else (flat,)
-        rows, read = open_rows(self._maths[layer], self._device, parts, also)
+        math = self._maths[layer]
+        rows, read = open_rows(math, self._device, parts, also, self._cpu_likely)
         opened_s = time.perf_counter()
         step = LayerStep(
             _united(rows),
             () if pending is None else pending.read(*read),
-            recency_of([part.top_k_index for part in parts]) if self._span > 1 else None,
+            recency_of([mine.last_chosen for mine in rows]) if self._span > 1 else None,
         )
         if predictor is not None:
             self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
@@ -378,7 +383,7 @@ class Executor:
         self._device.launch(slot, layout.size_bytes, self._demands[number], compute)
 
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        rows = self._rows
+        rows, self._cpu_used = self._rows, True
 
         def compute() -> None:
             parts = {expert.expert: self._ram.views_of(expert) for expert in experts}

@@ -17,6 +17,9 @@ from torch import Tensor
 from runtime.device import Crossing
 from runtime.kernels import ExpertMath, add_in_order, combine
 
+LAST_TOKENS = 64
+HALF_LIFE_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class RoutedTokens:
@@ -34,6 +37,11 @@ class LayerRows(Protocol):
     @property
     def demands(self) -> Mapping[int, int]:
         """Each routed expert, ascending, and how many tokens it serves."""
+        ...
+
+    @property
+    def last_chosen(self) -> Tensor:
+        """The experts of the last tokens (up to `LAST_TOKENS`, k), in host memory."""
         ...
 
     def compute(self, expert: int, parts: Mapping[str, Tensor]) -> None:
@@ -58,14 +66,16 @@ def open_rows(
     crossing: Crossing,
     parts: Sequence[RoutedTokens],
     also: Sequence[Tensor] = (),
+    cpu_likely: bool = False,
 ) -> tuple[list[LayerRows], Sequence[Tensor]]:
     """Prepare the rows of every part, and read their routing and `also` to the host.
 
-    That is the one wait of host on device per layer, for all parts together. What the CPU needs of
-    a single token comes along: asked for later, it would arrive behind the experts launched since.
+    That is the one wait of host on device per layer, for all parts together. If it is likely that
+    the CPU computes experts, what it needs of single tokens comes along; else it is read when it is
+    needed, beside what was launched by then.
     """
     opened = [
-        _OneTokenRows(math, crossing, part)
+        _OneTokenRows(math, crossing, part, cpu_likely)
         if part.hidden_states.shape[0] == 1
         else _ManyTokenRows(math, crossing, part)
         for part in parts
@@ -81,28 +91,35 @@ def open_rows(
 
 
 class _OneTokenRows:
-    def __init__(self, math: ExpertMath, crossing: Crossing, part: RoutedTokens) -> None:
+    def __init__(
+        self, math: ExpertMath, crossing: Crossing, part: RoutedTokens, cpu_likely: bool
+    ) -> None:
         self._math = math
         self._crossing = crossing
         self._hidden = part.hidden_states
-        self.asked = (part.hidden_states, part.top_k_index, part.top_k_weights)
+        self._top_k_weights = part.top_k_weights
+        self._for_cpu = (part.hidden_states, part.top_k_weights)
+        self.asked = (part.top_k_index, *(self._for_cpu if cpu_likely else ()))
+        self._on_cpu: Sequence[Tensor] = ()
         self._rows: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] | None = None
         self._weights_on_cpu: dict[int, Tensor] | None = None
         self.demands: Mapping[int, int] = {}
 
     def routed(self, on_cpu: Sequence[Tensor]) -> None:
-        self._on_cpu = on_cpu
-        self._experts = on_cpu[1][0].tolist()
+        self.last_chosen, *self._on_cpu = on_cpu
+        self._experts = self.last_chosen[0].tolist()
         self.demands = dict.fromkeys(sorted(self._experts), 1)
 
     def compute(self, expert: int, parts: Mapping[str, Tensor]) -> None:
         if self._weights is None:
-            self._weights = self._by_expert(self.asked[2])
+            self._weights = self._by_expert(self._top_k_weights)
         self._rows[expert] = self._math.rows(parts, self._hidden, self._weights[expert])
 
     def compute_on_cpu(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
-        hidden, _, top_k_weights = self._on_cpu
+        if not self._on_cpu:
+            self._on_cpu = self._crossing.to_host_beside(self._for_cpu)
+        hidden, top_k_weights = self._on_cpu
         if self._weights_on_cpu is None:
             self._weights_on_cpu = self._by_expert(top_k_weights)
         rows = [
@@ -136,13 +153,14 @@ class _ManyTokenRows:
         self._weights = top_k_weights.reshape(-1, 1)[self._row_of]
         row_dtype = math.row_dtype(hidden.dtype, top_k_weights.dtype)
         self._rows = hidden.new_empty((tokens * k, hidden.shape[1]), dtype=row_dtype)
-        self.asked = torch.unique_consecutive(chosen, return_counts=True)
+        experts, counts = torch.unique_consecutive(chosen, return_counts=True)
+        self.asked = (experts, counts, part.top_k_index[-LAST_TOKENS:])
         self._on_cpu: Sequence[Tensor] | None = None
         self.demands: Mapping[int, int] = {}
         self._begin: dict[int, int] = {}
 
     def routed(self, on_cpu: Sequence[Tensor]) -> None:
-        experts, counts = on_cpu
+        experts, counts, self.last_chosen = on_cpu
         self.demands = dict(zip(experts.tolist(), counts.tolist(), strict=True))
         begin = 0
         for expert, count in self.demands.items():
@@ -173,10 +191,6 @@ class _ManyTokenRows:
     def _slice(self, expert: int) -> slice:
         begin = self._begin[expert]
         return slice(begin, begin + self.demands[expert])
-
-
-LAST_TOKENS = 64
-HALF_LIFE_TOKENS = 16
 
 
 def recency_of(top_k_indices: Sequence[Tensor]) -> dict[int, float]:

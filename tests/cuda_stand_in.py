@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from mmap import PAGESIZE
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,9 +80,21 @@ def cuda_device(patch: pytest.MonkeyPatch, profile: HardwareProfile) -> tuple[An
         yield
         log("leave", stream.number)
 
+    pages: dict[int, range] = {}
+
     def register(address: int, size_bytes: int, flags: int) -> int:
         log.pins.append(size_bytes)
-        return 0 if log.may_pin(size_bytes) else REFUSED
+        taken = range(address // PAGESIZE, -(-(address + size_bytes) // PAGESIZE))
+        for other in pages.values():
+            assert taken[-1] < other[0] or other[-1] < taken[0], "a page is registered twice"
+        if not log.may_pin(size_bytes):
+            return REFUSED
+        pages[address] = taken
+        return 0
+
+    def unregister(address: int) -> int:
+        del pages[address]
+        return 0
 
     fakes: dict[str, Any] = {
         "Stream": Stream,
@@ -92,9 +105,7 @@ def cuda_device(patch: pytest.MonkeyPatch, profile: HardwareProfile) -> tuple[An
         "get_device_properties": lambda device: SimpleNamespace(total_memory=24 << 30),
         "set_per_process_memory_fraction": lambda share, device: None,
         "empty_cache": lambda: None,
-        "cudart": lambda: SimpleNamespace(
-            cudaHostRegister=register, cudaHostUnregister=lambda address: 0
-        ),
+        "cudart": lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister),
     }
     for name, fake in fakes.items():
         patch.setattr(torch.cuda, name, fake)

@@ -58,10 +58,10 @@ def test_memory_for_places_is_allocated_once_for_the_most_that_is_wanted() -> No
 
 
 def answer(model: Any, executor: Executor | None = None) -> list[torch.Tensor]:
-    """Logits of a prompt of one sequence and of two tokens after it."""
+    """Logits of a token, a prompt after it, and another token, of one sequence."""
     found, past = [], None
     with torch.inference_mode(), executor.computing() if executor else nullcontext():
-        for ids in (PROMPT[:1], NEXT[:1], NEXT[1:]):
+        for ids in (NEXT[:1], PROMPT[:1], NEXT[1:]):
             if executor is not None:
                 executor.begin_pass(ids.numel(), span=ids.numel())
             output = model(input_ids=ids, past_key_values=past, use_cache=True)
@@ -176,13 +176,25 @@ def test_no_more_is_pinned_than_the_driver_allows(monkeypatch: pytest.MonkeyPatc
     assert device.is_pinned(device.allocate_host(40 << 20))
 
 
+def test_every_pinned_block_has_pages_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, log = cuda_device(monkeypatch, PROFILE)
+    blocks = [device.allocate_host(size_bytes) for size_bytes in (100, 100, 5000, 4096, 100) * 20]
+    assert all(device.is_pinned(block) for block in blocks)
+    assert [block.numel() for block in blocks[:3]] == [100, 100, 5000]
+    for block in blocks[::2]:
+        device.release_host(block)
+    assert [device.is_pinned(block) for block in blocks[:2]] == [False, True]
+    device.close()
+
+
 def test_a_refused_pin_is_said_once_and_not_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, log = cuda_device(monkeypatch, PROFILE)
-    log.may_pin = lambda size_bytes: sum(log.pins) <= 100 << 20
+    log.may_pin = lambda size_bytes: size_bytes < 2 << 20 or sum(log.pins) <= 100 << 20
     blocks = [device.allocate_host(40 << 20) for _ in range(5)]
     assert [device.is_pinned(block) for block in blocks] == [True, True, False, False, False]
     assert len(log.pins) == 3
+    assert device.is_pinned(device.allocate_host(1 << 20)), "staging buffers are asked for anyway"
     (note,) = device.notes
     assert "refused to pin 40 MiB" in note

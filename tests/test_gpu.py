@@ -204,7 +204,6 @@ def test_the_cpu_is_done_while_the_card_still_computes_hits(
     card = Card("cuda", monkeypatch)
     device = card.open()
     loaded = loaded_on(card, make_checkpoint("qwen3_moe", tmp_path), device, torch.float32)
-    ids = torch.arange(3, 3 + tokens, device=card.where)[None]
     with card.executing(loaded, device, "cpu-miss", 9) as executor:
         preload(
             executor,
@@ -214,8 +213,14 @@ def test_the_cpu_is_done_while_the_card_still_computes_hits(
             lambda: False,
         )
         slowly(device)
-        launched, computing_still = 0, []
-        launch, to_device = device.launch, device.to_device
+        launched = 0
+        computing_still: list[bool] = []
+        launch, to_device, begin_layer = device.launch, device.to_device, device.begin_layer
+
+        def noted_layer(*args: Any) -> None:
+            nonlocal launched
+            launched = 0
+            begin_layer(*args)
 
         def noted_launch(*args: Any) -> None:
             nonlocal launched
@@ -223,17 +228,18 @@ def test_the_cpu_is_done_while_the_card_still_computes_hits(
             launch(*args)
 
         def noted_return(rows: Any) -> Any:  # the CPU has computed all of them
-            nonlocal launched
             if launched:
                 computing_still.append(not device.record(Stream.COMPUTE).event.query())  # type: ignore[attr-defined]
-            launched = 0
             return to_device(rows)
 
+        device.begin_layer = noted_layer  # type: ignore[method-assign]
         device.launch, device.to_device = noted_launch, noted_return  # type: ignore[method-assign]
-        with torch.inference_mode(), executor.computing():
-            executor.begin_pass(tokens, span=tokens)
-            loaded.model(input_ids=ids)
-            device.wait_for_compute()
+        for first in range(3, 9):
+            ids = torch.arange(first, first + tokens, device=card.where)[None]
+            with torch.inference_mode(), executor.computing():
+                executor.begin_pass(tokens, span=tokens)
+                loaded.model(input_ids=ids)
+                device.wait_for_compute()
     loaded.store.close()
     assert computing_still, "no layer had work for both"
     assert all(computing_still)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from runtime.adapter_reference import generate_greedy, load_reference
 from runtime.assembly import assemble
 from runtime.config import DEFAULT_MODEL_DIR
 from runtime.core import Delta, Finished, LoadRequest, Message, SamplingParams
+from runtime.device import Stream
 from runtime.engine import Engine
 from runtime.engine_generation import Generation
+from runtime.executor import Executor
+from runtime.hardware_pinning import Pinning
 from tests.cards import CARDS, assert_closes, failing_every_third_copy
+from tests.checkpoints import load
 from tests.cuda_stand_in import cuda_device
+from tests.families import make_checkpoint
 from tests.machines import emulated_profile
 
 QUESTIONS = ("What is 17 + 5?", "Tell me a story about a fox.", "Hello!", "What is a cache hit?")
@@ -103,6 +109,98 @@ def test_prescope_with_its_predictor_gives_the_reference_s_tokens(
     assert answers_of(engine, 1) == wanted
     assert counters_of(engine).stall_s >= 0.0
     engine.close()
+
+
+@pytest.mark.parametrize("kind", CARDS[1:], indirect=True)
+def test_a_token_is_computed_without_waits_that_nobody_sees(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that waits for the card only `to_host` is meant to, and that waits for an event."""
+    if kind != "cuda":
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    engine = loaded(kind, tmp_path)
+    answers_of(engine, 1)
+    model: Any = engine.parts.model
+    waited: list[list[str]] = []
+
+    def watched(*args: Any, **named: Any) -> Any:
+        if named["input_ids"].shape[1] > 1:
+            return model(*args, **named)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return model(*args, **named)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                told = [str(one.message) for one in caught]
+                waited.append([text for text in told if "synchronizing CUDA operation" in text])
+
+    engine.parts = replace(engine.parts, model=watched)
+    engine._passes._parts = engine.parts
+    answers_of(engine, 1)
+    engine.close()
+    assert waited
+    assert not any(waited), waited[-1]
+
+
+@pytest.mark.parametrize("kind", CARDS[1:2], indirect=True)
+def test_what_the_driver_refuses_to_pin_is_said_and_changes_no_token(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measured(wanted_bytes: int, device_bytes: int) -> Pinning:
+        asked.append((wanted_bytes, device_bytes))
+        return Pinning(10 << 20, "refused")
+
+    monkeypatch.setattr("runtime.hardware_pinning.LEAST_BYTES", 1)
+    monkeypatch.setattr("runtime.hardware_pinning.measured", measured)
+    monkeypatch.setattr("runtime.hardware.driver_version", lambda: "580.12")
+    for _ in range(2):
+        engine = loaded(kind, tmp_path)
+        plan, store_bytes = engine.parts.plan, engine.parts.plan.ram_experts_bytes
+        assert plan.pinned_bytes == 10 << 20 < store_bytes
+        (told,) = [remark for remark in engine.remarks if "be pinned" in remark]
+        assert "10.0 MiB" in told
+        assert answers_of(engine, 4) == expected(engine)
+        counters_of(engine)
+        engine.close()
+    assert asked == [(store_bytes, plan.used_bytes - plan.reserve_bytes)], "it was not kept"
+
+
+def test_what_is_learned_is_made_on_the_compute_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded_model = load(make_checkpoint("qwen3_moe", tmp_path))
+    device, log = cuda_device(monkeypatch, emulated_profile())
+    compute = device._streams[Stream.COMPUTE].number
+
+    class Learning:
+        weight_bytes = 0
+
+        def improve(self, budget_s: float) -> None:
+            log("improve")
+
+        def reset(self) -> None:
+            log("reset")
+
+    executor = Executor(
+        device,
+        loaded_model.layers,
+        loaded_model.store,
+        emulated_profile(),
+        3,
+        "prescope",
+        predictor=Learning(),  # type: ignore[arg-type]
+    )
+    log.entries.clear()
+    executor.idle(1.0)
+    executor.reset_predictor()
+    inside = [("enter", compute), ("improve",), ("leave", compute)]
+    assert log.entries == [*inside, ("enter", compute), ("reset",), ("leave", compute)]
+    executor.close()
+    loaded_model.store.close()
 
 
 def test_copies_that_fail_change_no_token(kind: str, tmp_path: Path) -> None:
