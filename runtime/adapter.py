@@ -148,13 +148,18 @@ def expert_math(module: Any) -> ExpertMath:
 
 
 def _anywhere(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Let a norm whose weights are on the card be applied to what the CPU computed as well."""
+    """Let a norm whose weights are on the card be applied to what the CPU computed as well.
+
+    They are copied once: a copy waits for all that the card was given before it.
+    """
+    copies: dict[torch.device, dict[str, Tensor]] = {}
 
     def normalize(x: Tensor) -> Tensor:
-        weights = dict(norm.named_parameters())
-        if any(weight.device != x.device for weight in weights.values()):
-            here = {name: weight.to(x.device) for name, weight in weights.items()}
-            moved: Tensor = torch.func.functional_call(norm, here, (x,))
+        if any(weight.device != x.device for weight in norm.parameters()):
+            if x.device not in copies:
+                weights = norm.named_parameters()
+                copies[x.device] = {name: weight.to(x.device) for name, weight in weights}
+            moved: Tensor = torch.func.functional_call(norm, copies[x.device], (x,))
             return moved
         made: Tensor = norm(x)
         return made

@@ -59,7 +59,9 @@ class HardwareProfile:
     `host_layer_s` is host time per MoE layer. `*_tokens_per_pass` is how many more tokens for one
     expert cost as much as reading its weights once more: below it work is bound by memory.
     `disk_*` is what reading whole experts from the model's files costs, past the page cache.
-    `pinnable_bytes` is how much host memory the system lets be pinned, None where nobody knows.
+    `bfloat16` is whether the device computes that itself; cards before Ampere only imitate it.
+    `pinnable_bytes` is how much host memory the system lets be pinned, None where no limit is
+    known.
     """
 
     device_kind: DeviceKind
@@ -82,6 +84,7 @@ class HardwareProfile:
     disk_bytes_per_s: Reading = Reading(2e9, "assumed")
     disk_call_s: Reading = Reading(1e-4, "assumed")
     pinnable_bytes: int | None = None
+    bfloat16: bool = True
 
     @property
     def emulated(self) -> bool:

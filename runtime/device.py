@@ -25,7 +25,28 @@ class Fence(Protocol):
     """A point on a stream. Opaque to everyone but the device that recorded it."""
 
 
-class Device(Protocol):
+class Crossing(Protocol):
+    """How a layer's rows reach the CPU and come back. The engine thread calls it, `computing`."""
+
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Wait for the compute stream, once, and return `tensors` as the CPU may read them.
+
+        What was returned, and what `to_device` was given, is valid until the next call.
+        """
+        ...
+
+    def to_host_beside(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return `tensors`, computed before the last `to_host`, without waiting for what the
+        compute stream was given since."""
+        ...
+
+    def to_device(self, rows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return what the CPU computed, matrices of one width, for what the compute stream is
+        given from now on; do not wait for it."""
+        ...
+
+
+class Device(Crossing, Protocol):
     """A card with slots, or something that behaves like one.
 
     The engine thread calls everything but `copy`, `stage`, `read` and `synchronize`, which the
@@ -34,6 +55,8 @@ class Device(Protocol):
 
     torch_device: torch.device
     emulated: bool
+    notes: tuple[str, ...]
+    """Sentences for a person about what the system refused."""
 
     def now_s(self) -> float:
         """Return the time all stamps of this device are on."""
@@ -121,7 +144,12 @@ class Device(Protocol):
         ...
 
     def busy_until_s(self) -> float:
-        """Return when the compute stream will be idle, as far as the device can tell."""
+        """Return when the compute stream will be idle, as far as the device can foresee."""
+        ...
+
+    def watch_compute(self) -> Callable[[], float]:
+        """Return what tells, when it is asked, since when the compute stream has been done with
+        all that is on it now; while it is not, that is the time of asking."""
         ...
 
     def wait_for_compute(self) -> None:

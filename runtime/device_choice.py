@@ -18,7 +18,7 @@ def open_device(
     if profile.device_kind == "cuda":
         from runtime.device_cuda import CudaDevice
 
-        return CudaDevice(plan.budget_bytes)
+        return CudaDevice(profile, plan.budget_bytes)
     if profile.device_kind == "emulated":
         return EmulatedDevice(profile, virtual_clock=virtual_clock)
     return HostDevice()

@@ -20,6 +20,7 @@ from runtime.device import Fence, Stream
 from runtime.timeline import Timeline
 
 HOST = "host"
+ENGINE = "engine"
 LAG_TOLERANCE_S = 0.004
 
 
@@ -44,10 +45,11 @@ class _Region:
 
 
 class HappensBefore:
-    """Vector clocks over the host and the two streams."""
+    """Vector clocks over the two streams and the host's two threads: the transfer driver's, which
+    stages, and the engine's."""
 
     def __init__(self) -> None:
-        names = (HOST, Stream.COPY.value, Stream.COMPUTE.value)
+        names = (HOST, ENGINE, Stream.COPY.value, Stream.COMPUTE.value)
         self._known: dict[str, dict[str, int]] = {name: {} for name in names}
         self._regions: dict[str, _Region] = {}
 
@@ -89,6 +91,7 @@ class EmulatedDevice:
     """
 
     emulated = True
+    notes: tuple[str, ...] = ()
 
     def __init__(self, profile: HardwareProfile, *, virtual_clock: bool = False) -> None:
         self.torch_device = torch.device("cpu")
@@ -97,6 +100,7 @@ class EmulatedDevice:
         self._ledger = Timeline(profile, 0.0 if virtual_clock else time.perf_counter())
         self._order = HappensBefore()
         self._staging: int | None = None
+        self._returned = 0
 
     def now_s(self) -> float:
         return self._ledger.host_s if self._virtual else time.perf_counter()
@@ -200,6 +204,28 @@ class EmulatedDevice:
 
     def busy_until_s(self) -> float:
         return self._ledger.compute_free_s
+
+    def watch_compute(self) -> Callable[[], float]:
+        done_s = self._ledger.compute_free_s
+        return lambda: done_s
+
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        with self._lock:  # the time of this wait is charged by `begin_layer`
+            self._order.learn(ENGINE, self._order.known(Stream.COMPUTE.value))
+            self._returned = 0
+        return tensors
+
+    def to_host_beside(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return tensors
+
+    def to_device(self, rows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        with self._lock:
+            compute, place = Stream.COMPUTE.value, f"returning rows {self._returned}"
+            self._returned += 1
+            self._order.write(ENGINE, place)
+            self._order.learn(compute, self._order.known(ENGINE))
+            self._order.read(compute, place)
+        return rows
 
     def wait_for_compute(self) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ class HostDevice:
     """A `Device` for `cpu-only`: whatever would need a slot or the link is a bug here."""
 
     emulated = False
+    notes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -80,6 +81,18 @@ class HostDevice:
 
     def busy_until_s(self) -> float:
         return 0.0
+
+    def watch_compute(self) -> Callable[[], float]:
+        raise AssertionError("a wait for the link without a card")
+
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return tensors
+
+    def to_host_beside(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return tensors
+
+    def to_device(self, rows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return rows
 
     def wait_for_compute(self) -> None:
         """The CPU has computed when the call returns."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Verdict
-from runtime.executor import RoutedTokens
+from runtime.layer_rows import RoutedTokens
 from runtime.prompts import Render, Tokenizer
 from runtime.sequences import Cache
 from runtime.telemetry import Counters

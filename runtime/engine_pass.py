@@ -143,20 +143,24 @@ class Passes:
         together = [token for step in steps for token in step.ids]
         with parts.executor.computing():  # what is guessed now is read on that stream
             parts.executor.begin_pass(sum(counts), together, max(counts))
+            # Here for all: a list is waited for on its way, behind what others have launched.
+            ids = torch.tensor(together, device=parts.device.torch_device)
+            inputs = torch.split(ids, counts)
+        forwards = [partial(self._forward, *each) for each in zip(steps, inputs, strict=True)]
         self._steps = steps
         try:
             # Both are the thread's own and hold for every forward of the meeting.
             with torch.inference_mode(), parts.executor.computing():
-                outcomes = self.meeting.run([partial(self._forward, step) for step in steps])
+                outcomes = self.meeting.run(forwards)
         finally:
             self._steps = ()
         parts.device.wait_for_compute()
         return outcomes
 
-    def _forward(self, step: Step) -> torch.Tensor:
+    def _forward(self, step: Step, ids: torch.Tensor) -> torch.Tensor:
         cache = step.conversation.cache
         output = self._parts.model(
-            input_ids=torch.tensor([step.ids], device=self._parts.device.torch_device),
+            input_ids=ids.unsqueeze(0),
             past_key_values=cache.past,
             use_cache=True,
             logits_to_keep=1,

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,7 +28,7 @@ from runtime.formats import ExpertFormat
 from runtime.hot_experts import HotExperts
 from runtime.kernels import ExpertMath, views
 from runtime.kernels_crossover import assumed_few_tokens
-from runtime.layer_rows import LayerRows, open_rows, recency_of
+from runtime.layer_rows import LayerRows, RoutedTokens, open_rows, recency_of
 from runtime.layer_run import begin_pass, run_layer
 from runtime.link import Link, chunk_bytes_for
 from runtime.policy import PolicySetup
@@ -60,16 +59,6 @@ class MoeLayer(Protocol):
 
     @property
     def format(self) -> ExpertFormat: ...
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """What one sequence brings to a MoE layer: hidden states (tokens, hidden), the experts its
-    router chose (tokens, k) and their weights (tokens, k)."""
-
-    hidden_states: torch.Tensor
-    top_k_index: torch.Tensor
-    top_k_weights: torch.Tensor
 
 
 BEFORE_LAYERS = -1
@@ -141,6 +130,7 @@ class Executor:
         self._rows: Sequence[LayerRows] = ()
         self._demands: Mapping[int, int] = {}
         self._span = 1
+        self._cpu_likely = self._cpu_used = False
         self._uncounted = (0, 0.0)
 
     @property
@@ -206,7 +196,8 @@ class Executor:
         if self._predictor is None:
             return
         try:
-            self._predictor.improve(budget_s)
+            with self.computing():  # what is made there is multiplied on that stream
+                self._predictor.improve(budget_s)
         except RuntimeError as failure:  # no memory left on a full card, or no convergence
             log.warning("learning was given up for now: %s", failure)
 
@@ -215,7 +206,8 @@ class Executor:
         if self._hot is not None:
             self._hot.reset()
         if self._predictor is not None:
-            self._predictor.reset()
+            with self.computing():
+                self._predictor.reset()
 
     def computing(self) -> AbstractContextManager[object]:
         """Return the context that a forward pass must run in."""
@@ -237,6 +229,7 @@ class Executor:
         if self._observe is not None:
             self._observe(BEFORE_LAYERS, LayerStep({}, predictions))
         self._span = span
+        self._cpu_likely, self._cpu_used = self._cpu_used, False
         begin_pass(self.residency, self, tokens, span, predictions)
 
     def counters(self) -> Counters:
@@ -287,13 +280,15 @@ class Executor:
         began_s = time.perf_counter()
         pending = None if predictor is None else predictor.launch(layer, *_joined(parts))
         launched_s = time.perf_counter()
+        flat = None if pending is None else pending.flat
+        also = () if flat is None else (flat,)
         math = self._maths[layer]
-        rows = [open_rows(math, p.hidden_states, p.top_k_index, p.top_k_weights) for p in parts]
+        rows, read = open_rows(math, self._device, parts, also, self._cpu_likely)
         opened_s = time.perf_counter()
         step = LayerStep(
             _united(rows),
-            () if pending is None else pending.read(),
-            recency_of([part.top_k_index for part in parts]) if self._span > 1 else None,
+            () if pending is None else pending.read(*read),
+            recency_of([mine.last_chosen for mine in rows]) if self._span > 1 else None,
         )
         if predictor is not None:
             self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
@@ -360,6 +355,9 @@ class Executor:
     def busy_until_s(self) -> float:
         return self._device.busy_until_s()
 
+    def watch_compute(self) -> Callable[[], float]:
+        return self._device.watch_compute()
+
     def queue_state(self) -> QueueState:
         return self._transfer.state(self._device.now_s())
 
@@ -385,14 +383,14 @@ class Executor:
         self._device.launch(slot, layout.size_bytes, self._demands[number], compute)
 
     def compute_on_cpu(self, experts: Sequence[ExpertId]) -> None:
-        rows = self._rows
+        rows, self._cpu_used = self._rows, True
 
         def compute() -> None:
             parts = {expert.expert: self._ram.views_of(expert) for expert in experts}
             for mine in rows:
                 demanded = {e: held for e, held in parts.items() if e in mine.demands}
                 if demanded:
-                    mine.compute_together(demanded)
+                    mine.compute_on_cpu(demanded)
 
         layout_bytes = self._layers[experts[0].layer].format.size_bytes
         work = [(layout_bytes, self._demands[expert.expert]) for expert in experts]

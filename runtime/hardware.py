@@ -29,6 +29,7 @@ CUDA_LIMIT_S = 30.0
 _BLOCK_BYTES = 64 * MIB
 _EXPERT = (2048, 4096)
 _CPU_MEASURE_S = 0.2
+_AMPERE = (8, 0)
 _T = TypeVar("_T")
 
 
@@ -89,13 +90,35 @@ def within(limit_s: float, function: Callable[[], _T]) -> _T | None:
     return results[0] if results else None
 
 
+def driver_version(nvml: Any = None) -> str | None:
+    """Return the version of the cards' driver, or None if it cannot be read in time."""
+    return within(NVML_LIMIT_S, lambda: _driver_version(nvml or _nvml()))
+
+
+def _driver_version(nvml: Any) -> str | None:
+    if nvml is None:
+        return None
+    try:
+        nvml.nvmlInit()
+        version = nvml.nvmlSystemGetDriverVersion()
+        nvml.nvmlShutdown()
+    except (nvml.NVMLError, OSError):
+        return None
+    return str(version)[:100]
+
+
+def _nvml() -> Any:
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return None
+
+
 def cards_from_nvml(nvml: Any = None) -> list[Card]:
     """Return every card NVML knows; empty if the library or the driver is missing or fails."""
+    nvml = nvml or _nvml()
     if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return []
+        return []
     try:
         nvml.nvmlInit()
     except (nvml.NVMLError, OSError):
@@ -152,6 +175,7 @@ def _measured(card: Card, ram: Memory) -> HardwareProfile:
         vram_free_bytes=card.memory.free_bytes,
     )
     device = torch.device("cuda", torch.cuda.current_device())
+    profile = replace(profile, bfloat16=torch.cuda.get_device_capability(device) >= _AMPERE)
     measures: dict[str, Callable[[], float]] = {
         "link_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=True),
         "link_unpinned_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=False),

@@ -7,7 +7,7 @@ disk meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from runtime.core import ExpertId
@@ -24,7 +24,11 @@ class LayerPorts(Protocol):
     def now_s(self) -> float: ...
 
     def busy_until_s(self) -> float:
-        """Return when the device will have computed all it was given."""
+        """Return when the device will have computed all it was given, as far as it can foresee."""
+        ...
+
+    def watch_compute(self) -> Callable[[], float]:
+        """Return what tells, after a wait, since when the device had nothing left to compute."""
         ...
 
     def queue_state(self) -> QueueState:
@@ -96,8 +100,9 @@ def run_layer(
     if steps.cpu:
         _compute_on_cpu(residency, ports, steps.cpu)
     while residency.waits:
-        idle_from_s = max(ports.now_s(), ports.busy_until_s())
+        began_s, done_s = ports.now_s(), ports.watch_compute()
         events = ports.ended(wait=True)
+        idle_from_s = max(began_s, done_s())
         residency.stalled(
             max(0.0, ports.now_s() - idle_from_s),
             max((event.bytes_s for event in events), default=0.0) - idle_from_s,

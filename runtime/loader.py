@@ -57,17 +57,21 @@ class LoadedModel:
 
 
 def read_shape(
-    folder: Path, dtype: torch.dtype | None = None, experts: ExpertsWish = "as stored"
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    experts: ExpertsWish = "as stored",
+    half: torch.dtype = torch.bfloat16,
 ) -> ModelShape:
     """Return the sizes of the model in `folder`, or a GGUF file, without reading any weights.
 
-    `dtype` None takes the dtype its configuration names.
+    `dtype` None takes the dtype its configuration names, and `half` for quantised weights of which
+    it names float16.
 
     Raises:
         ModelFilesError: files are missing, damaged or do not fit each other.
         UnsupportedModelError: the family or format cannot be run here.
     """
-    source = open_source(folder)
+    source = open_source(folder, half)
     try:
         dtype = dtype or stored_dtype(source.config) or _most_common_dtype(source.files)
         skeleton = build_skeleton(source.config, dtype)
@@ -91,11 +95,12 @@ def load_model(
     kept: Path | None = None,
     release_host: Callable[[Tensor], None] = lambda block: None,
     ram_experts: int | None = None,
+    half: torch.dtype = torch.bfloat16,
 ) -> LoadedModel:
     """Load the model in `folder`, or a GGUF file: dense weights to `torch_device`, experts to
     host slabs.
 
-    `dtype` None takes the dtype its configuration names. `allocate_host(n)` returns `n` bytes of
+    `dtype` and `half` are those of `read_shape`. `allocate_host(n)` returns `n` bytes of
     uint8 for a slab, and `release_host` gets it back; `ram_experts` is how many experts they hold,
     None: all. The files stay open as long as the store. `progress` and `cancelled` are called from
     this thread and from loader threads. Experts that are quantised on the way as `experts` asks are
@@ -109,7 +114,7 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(LoadProgress("Looking at the model's files"))
-    source = open_source(folder)
+    source = open_source(folder, half)
     files, config = source.files, source.config
     try:
         dtype = dtype or stored_dtype(config) or _most_common_dtype(files)

@@ -48,12 +48,15 @@ class ForeseenShape:
 
 
 def foresee_shape(
-    path: Path, dtype: torch.dtype | None = None, wish: ExpertsWish = "as stored"
+    path: Path,
+    dtype: torch.dtype | None = None,
+    wish: ExpertsWish = "as stored",
+    half: torch.dtype = torch.bfloat16,
 ) -> ForeseenShape:
     """Return the sizes of the model at `path`: a folder, a GGUF file, or a config.json alone.
 
-    `dtype` None takes the one that the configuration names, else bfloat16. `wish` is for experts
-    that are not quantised.
+    `dtype` None takes the one that the configuration names, else bfloat16, and `half` for quantised
+    weights of which it names float16. `wish` is for experts that are not quantised.
 
     Raises:
         ModelFilesError: files are missing, damaged or do not fit each other.
@@ -63,7 +66,7 @@ def foresee_shape(
         shape = read_shape(path, dtype, wish)
         return ForeseenShape(shape, "gguf", 2 * shape.expert_bytes, True)
     folder = path.parent if path.name == CONFIG_NAME else path
-    config = read_config(folder)
+    config = read_config(folder, half)
     dtype = dtype or dtype_in(config) or torch.bfloat16
     skeleton = build_skeleton(config, dtype)
     layers = find_moe_layers(skeleton, dtype)
@@ -81,7 +84,7 @@ def foresee_shape(
         form = wish
         layers = _held(layers, [quantiser_for(wish)])
     if from_files:
-        shape = read_shape(folder, dtype, wish)
+        shape = read_shape(folder, dtype, wish, half)
     else:
         shape = model_shape(folder.name, skeleton, layers)
     return ForeseenShape(shape, form, weights, from_files)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from runtime.adapter import MoeLayer
@@ -39,8 +40,10 @@ class ModelSource:
     end_ids: Callable[[Any | None], tuple[int, ...]]
 
 
-def open_source(path: Path) -> ModelSource:
+def open_source(path: Path, half: torch.dtype = torch.bfloat16) -> ModelSource:
     """Open the model at `path`: a folder of safetensors, a folder of GGUF, or one GGUF file.
+
+    Quantised weights in a folder that name float16 are for computing in `half`.
 
     Raises:
         ModelFilesError: files are missing, damaged or do not fit each other.
@@ -48,7 +51,7 @@ def open_source(path: Path) -> ModelSource:
     """
     if is_gguf(path):
         return _opened(GgufFiles(path), _gguf_source)
-    return _opened(SafetensorsFiles(path), lambda files: _folder_source(path, files))
+    return _opened(SafetensorsFiles(path), lambda files: _folder_source(path, files, half))
 
 
 def _opened(files: Any, build: Callable[[Any], ModelSource]) -> ModelSource:
@@ -59,8 +62,8 @@ def _opened(files: Any, build: Callable[[Any], ModelSource]) -> ModelSource:
         raise
 
 
-def _folder_source(folder: Path, files: SafetensorsFiles) -> ModelSource:
-    config = read_config(folder)
+def _folder_source(folder: Path, files: SafetensorsFiles, half: torch.dtype) -> ModelSource:
+    config = read_config(folder, half)
     tensors = fold(files.tensors, read_quantisation(folder))
     vocab_size = config.get_text_config().vocab_size
     return ModelSource(

@@ -20,7 +20,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from runtime.executor import RoutedTokens
+from runtime.layer_rows import RoutedTokens
 
 Result = TypeVar("Result")
 RunTogether = Callable[[int, Sequence[RoutedTokens]], list[Tensor]]

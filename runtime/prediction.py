@@ -16,8 +16,14 @@ from runtime.trace import Prediction
 class Pending(Protocol):
     """Predictions that the device may still be computing."""
 
-    def read(self) -> tuple[Prediction, ...]:
-        """Wait for them and return them, at most one per (layer, distance)."""
+    @property
+    def flat(self) -> Tensor | None:
+        """What the device computes for them, to be read along with the routing; None: nothing."""
+        ...
+
+    def read(self, flat: Tensor | None = None) -> tuple[Prediction, ...]:
+        """Return them, at most one per (layer, distance); `flat` is what the host read of it, and
+        without that they are waited for."""
         ...
 
 

@@ -74,7 +74,9 @@ class _Source:
 
 
 class _Nothing:
-    def read(self) -> tuple[Prediction, ...]:
+    flat: Tensor | None = None
+
+    def read(self, flat: Tensor | None = None) -> tuple[Prediction, ...]:
         return ()
 
 
@@ -86,11 +88,12 @@ class _Guessed:
 
     def __init__(self, owner: Predictor, source: _Source, ranked: Ranked) -> None:
         self._owner, self._source, self._ranked = owner, source, ranked
+        self.flat: Tensor | None = ranked.flat
 
-    def read(self) -> tuple[Prediction, ...]:
+    def read(self, flat: Tensor | None = None) -> tuple[Prediction, ...]:
         began_s = time.perf_counter()
         source = self._source
-        made = predictions_from(self._ranked, source.targets, source.top_ks, source.curves)
+        made = predictions_from(self._ranked, source.targets, source.top_ks, source.curves, flat)
         self._owner.note_guesses(made)
         self._owner.seconds += time.perf_counter() - began_s
         return made

@@ -244,11 +244,11 @@ class Past:
             base[0] += self._sum[:, 0]
             base[0, :-1] += self._sum[1:, 1]
             if self._token is not None:
-                base[0, 0] += tables.previous[self._token]
+                base[0, 0] += tables.previous[self._token][0]
         else:
             self._sum.zero_()
             self.state = None
-        self._token = token_ids[-1]
+        self._token = token_ids[-1:]  # a number alone would be waited for when it is looked up
         return base
 
     def _take_up(self) -> None:

@@ -74,9 +74,11 @@ def predictions_from(
     targets: Sequence[tuple[int, int]],
     top_ks: Sequence[int],
     curves: Sequence[Curve],
+    flat: Tensor | None = None,
 ) -> tuple[Prediction, ...]:
-    """Fetch what `rank` chose, in one transfer; `targets` are (layer, distance)."""
-    numbers = ranked.flat.tolist()
+    """Return what `rank` chose; `targets` are (layer, distance), `flat` is `ranked.flat` as the
+    host has read it already, None: it is fetched now."""
+    numbers = (ranked.flat if flat is None else flat).tolist()
     made, begin, half, exp = [], 0, len(numbers) // 2, math.exp
     for (layer, distance), top_k, curve, count in zip(
         targets, top_ks, curves, ranked.counts, strict=True

@@ -65,6 +65,8 @@ def _sound(profile: HardwareProfile) -> bool:
         value = getattr(profile, field.name)
         if "Reading" in str(field.type) and not (isinstance(value, Reading) and value.value > 0):
             return False
+        if field.type == "bool" and type(value) is not bool:
+            return False
         if field.type == "int" and (type(value) is not int or value < 0):
             return False
     return profile.device_kind == "cuda"

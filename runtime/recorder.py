@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from runtime.core import ExpertId
+from runtime.device_host import HostDevice
 from runtime.executor import MoeLayer
 from runtime.kernels import views
-from runtime.layer_rows import open_rows, recency_of
+from runtime.layer_rows import RoutedTokens, open_rows, recency_of
 from runtime.prediction import ExpertPredictor, Pending
 from runtime.store import ExpertStore
 from runtime.trace import ForwardPass, LayerStep, Prediction, Trace
@@ -82,8 +83,9 @@ class Recorder:
 @dataclass(frozen=True)
 class _Read:
     made: tuple[Prediction, ...]
+    flat: Tensor | None = None
 
-    def read(self) -> tuple[Prediction, ...]:
+    def read(self, flat: Tensor | None = None) -> tuple[Prediction, ...]:
         return self.made
 
 
@@ -108,10 +110,13 @@ def computing_in_place(
     is called first, with what the executor would give a predictor.
     """
 
+    crossing = HostDevice()
+
     def run(layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         launch(layer, hidden, top_k_index, top_k_weights)
         math = layers[layer].math.reading(layers[layer].format)
-        rows = open_rows(math, hidden, top_k_index, top_k_weights)
+        part = RoutedTokens(hidden, top_k_index, top_k_weights)
+        (rows,), _ = open_rows(math, crossing, [part])
         for expert in rows.demands:
             slab = store.bytes_of(ExpertId(layer, expert))
             rows.compute(expert, views(slab, layers[layer].format))

@@ -156,6 +156,10 @@ class _LedgerPorts:
     def busy_until_s(self) -> float:
         return self.timeline.compute_free_s
 
+    def watch_compute(self) -> Callable[[], float]:
+        done_s = self.timeline.compute_free_s
+        return lambda: done_s
+
     def queue_state(self) -> QueueState:
         return self.pump.state(self.timeline.host_s)
 

@@ -64,10 +64,10 @@ def attach_plain_runner(layers: tuple[MoeLayer, ...], store: ExpertStore) -> Non
         layout = layers[layer].format
         math = layers[layer].math.reading(layout, few_tokens=None)
         dtype = math.row_dtype(hidden.dtype, weights.dtype)
-        rows = torch.zeros((index.numel(), hidden.shape[-1]), dtype=dtype)
+        rows = torch.zeros((index.numel(), hidden.shape[-1]), dtype=dtype, device=hidden.device)
         for expert in index.unique().tolist():
             tokens, positions = rows_of(index, expert)
-            parts = views(store.bytes_of(ExpertId(layer, expert)), layout)
+            parts = views(store.bytes_of(ExpertId(layer, expert)).to(hidden.device), layout)
             rows[tokens * index.shape[1] + positions] = math.rows(
                 parts, hidden[tokens], weights[tokens, positions, None]
             )

@@ -20,7 +20,7 @@ from runtime.adapter_cache import KvCache
 from runtime.core import HardwareProfile, MemoryPlan, ModelShape, Reading, TelemetrySnapshot
 from runtime.engine import Engine
 from runtime.engine_parts import EngineParts
-from runtime.executor import RoutedTokens
+from runtime.layer_rows import RoutedTokens
 from runtime.telemetry import Counters
 
 CHATML = (

@@ -28,7 +28,8 @@ from runtime.device_emulated import EmulatedDevice
 from runtime.engine import Engine
 from runtime.engine_generation import Generation
 from runtime.engine_parts import EngineParts
-from runtime.executor import Executor, RoutedTokens
+from runtime.executor import Executor
+from runtime.layer_rows import RoutedTokens
 from runtime.loader import LoadedModel, load_model
 from runtime.sampler import Sampler
 from runtime.sequences import MAX_TOGETHER, Conversation

@@ -9,7 +9,7 @@ import torch
 
 from runtime.core import ExpertId
 from runtime.device import Device, Stream
-from runtime.device_emulated import EmulatedDevice, HazardError
+from runtime.device_emulated import EmulatedDevice, HappensBefore, HazardError
 from runtime.link import Link
 from runtime.transfer import TransferThread
 from runtime.transfer_queue import Cause, Outcome, Submit
@@ -32,7 +32,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
             pytest.skip("no CUDA device")
         from runtime.device_cuda import CudaDevice
 
-        opened = CudaDevice(2 << 30)
+        opened = CudaDevice(emulated_profile(25e9), 2 << 30)
     else:
         opened = EmulatedDevice(emulated_profile(1e9), virtual_clock=request.param == "virtual")
     yield opened
@@ -153,3 +153,33 @@ def test_the_ledger_charges_link_device_and_cpu() -> None:
     device.wait(Stream.COMPUTE, fence)
     device.launch(0, 1_500_000, 1, lambda: None)
     assert device.busy_until_s() - device.now_s() == pytest.approx(0.001)
+
+
+def test_rows_cross_to_the_cpu_and_come_back(device: Device) -> None:
+    with torch.inference_mode(), device.computing():
+        hidden = torch.arange(96.0, device=device.torch_device).view(2, 48)
+        chosen = torch.tensor([[3, 1], [2, 0]], device=device.torch_device)
+        for layer in range(1, 4):
+            on_cpu, index = device.to_host([hidden * layer, chosen])
+            assert index.tolist() == [[3, 1], [2, 0]]
+            (beside,) = device.to_host_beside([hidden])
+            rows = [on_cpu + 1, beside[1:] + 2]
+            back = device.to_device(rows)
+            assert [mine.device.type for mine in back] == [device.torch_device.type] * 2
+            assert torch.equal(back[0], hidden * layer + 1)
+            assert torch.equal(back[1], hidden[1:] + 2)
+
+
+def test_returning_rows_before_the_last_ones_were_taken_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = EmulatedDevice(emulated_profile(), virtual_clock=True)
+    rows = [torch.ones(1, 4)]
+    for _ in range(2):
+        device.to_host([])
+        device.to_device(rows)
+        device.to_device(rows)
+    monkeypatch.setattr(HappensBefore, "learn", lambda *told: None)
+    device.to_host([])
+    with pytest.raises(HazardError, match="engine writes returning rows 0 while compute reads it"):
+        device.to_device(rows)

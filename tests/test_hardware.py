@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from runtime import hardware
 from runtime.core import EmulatedMachine, HardwareProfile, Reading
-from runtime.hardware import Card, agree, cards_from_nvml, within
+from runtime.hardware import Card, agree, cards_from_nvml, driver_version, within
 from runtime.hardware_memory import is_plausible, read_ram
 from runtime.profiles import Memory
 
@@ -271,3 +271,9 @@ def test_a_real_card_is_measured_quickly() -> None:
     assert profile.link_bytes_per_s.source == "measured"
     assert profile.link_bytes_per_s.value > 1e9
     assert profile.device_bytes_per_s.value > profile.link_bytes_per_s.value
+
+
+@pytest.mark.parametrize("broken", ["nvmlInit", "nvmlSystemGetDriverVersion", "nvmlShutdown"])
+def test_a_driver_whose_version_cannot_be_read_has_none(broken: str) -> None:
+    assert driver_version(FakeNvml(broken)) is None
+    assert driver_version(FakeNvml()) == "a card"

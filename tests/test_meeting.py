@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.executor import RoutedTokens
+from runtime.layer_rows import RoutedTokens
 from runtime.meeting import Meeting
 
 LAYERS = 4

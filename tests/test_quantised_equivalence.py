@@ -6,7 +6,7 @@ ones both run, under policies that compute on the emulated card and on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -93,13 +93,20 @@ class RandomExperts:
 
 
 @contextmanager
-def held(loaded: LoadedModel, form: Form, ram_experts: int | None = None) -> Iterator[ExpertStore]:
+def held(
+    loaded: LoadedModel,
+    form: Form,
+    ram_experts: int | None = None,
+    allocate_host: Callable[[int], torch.Tensor] = lambda size: torch.zeros(
+        size, dtype=torch.uint8
+    ),
+) -> Iterator[ExpertStore]:
     source = RandomExperts(loaded, form)
     store = ExpertStore(
         NoFiles(),
         source.layers,
         source=source,
-        allocate_host=lambda size: torch.zeros(size, dtype=torch.uint8),
+        allocate_host=allocate_host,
         progress=lambda step: None,
         cancelled=lambda: False,
         ram_experts=ram_experts,

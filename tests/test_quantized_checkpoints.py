@@ -22,10 +22,12 @@ from runtime import quantized_tensors
 from runtime.adapter import find_moe_layers
 from runtime.adapter_config import build_skeleton, read_config, read_quantisation
 from runtime.adapter_recipes import sort_checkpoint
+from runtime.assembly import half_for
 from runtime.core import ExpertId
 from runtime.errors import ModelError, ModelFilesError, UnsupportedModelError
 from runtime.kernels import views
 from runtime.loader import LoadedModel, read_shape
+from runtime.loader_shape import foresee_shape
 from runtime.quantized_folding import fold
 from runtime.quantized_schemes import quantisation_from
 from runtime.quantized_tensors import QuantisedTensor
@@ -33,7 +35,9 @@ from runtime.safetensors_files import SafetensorsFiles, TensorEntry
 from runtime.store_recipes import RecipeSource, bytes_in
 from runtime.weight_forms import dequantise, held
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
+from tests.families import make_checkpoint
 from tests.family_table import note
+from tests.machines import emulated_profile
 from tests.quantized_files import (
     FILE_FORMATS,
     FLOAT,
@@ -225,6 +229,23 @@ def test_layers_and_matrices_that_were_left_plain_stay_plain(name: str, tmp_path
     for expected, actual in zip(logits(reference), logits(loaded.model), strict=True):
         # In bfloat16 experts take faster ways that round otherwise.
         assert (expected - actual).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_weights_made_for_float16_stay_so_where_bfloat16_is_only_imitated(
+    bfloat16: bool, expected: torch.dtype, tmp_path: Path
+) -> None:
+    half = half_for(dataclasses.replace(emulated_profile(), bfloat16=bfloat16))
+    folder, plain = tmp_path / "quantised", tmp_path / "plain"
+    write_quantised(FILE_FORMATS["awq"], folder, plain, lambda tensor: False, torch.float16)
+    assert read_config(folder, half).dtype == expected
+    loaded = load(folder, half=half)
+    assert loaded.model.dtype == expected
+    assert loaded.shape == read_shape(folder, half=half)
+    assert foresee_shape(folder, half=half).shape == loaded.shape
+    # Weights that are not quantised are computed as they are stored.
+    make_checkpoint("qwen3_moe", tmp_path / "stored", "float16")
+    assert read_config(tmp_path / "stored", half).dtype == torch.float16
 
 
 @pytest.mark.families

@@ -14,9 +14,10 @@ from torch.nn.functional import kl_div, log_softmax
 from runtime.adapter import MoeLayer, attach
 from runtime.bench.predictor_reading import open_in_place, read_chats
 from runtime.core import ExpertId
+from runtime.device_host import HostDevice
 from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
 from runtime.kernels import views
-from runtime.layer_rows import open_rows
+from runtime.layer_rows import RoutedTokens, open_rows
 from runtime.loader import LoadedModel
 from runtime.quantize import form_of, quantise
 from runtime.weight_forms import encode, parts_of
@@ -133,8 +134,11 @@ def _read(
         for layer, mine in zip(opened.layers, held, strict=True)
     ]
 
+    crossing = HostDevice()
+
     def run(layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        rows = open_rows(maths[layer], hidden, top_k_index, top_k_weights)
+        part = RoutedTokens(hidden, top_k_index, top_k_weights)
+        (rows,), _ = open_rows(maths[layer], crossing, [part])
         for expert in rows.demands:
             rows.compute(expert, held[layer].experts[expert])
         return rows.combined()

@@ -24,7 +24,7 @@ from runtime.assembly import assemble, dtype_for
 from runtime.config import model_folder
 from runtime.core import Delta, LoadRequest, Message, SamplingParams
 from runtime.engine import Engine
-from runtime.executor import RoutedTokens
+from runtime.layer_rows import RoutedTokens
 from runtime.telemetry import Counters
 
 ROUNDS = 9

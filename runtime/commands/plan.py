@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     given = Path(request.model).expanduser()
     folder = given.resolve() if given.is_file() else model_folder(request.model)
     profile = None if options.profile else _this_machine(options, request)
-    foreseen = foresee_shape(folder, _dtype(profile), request.experts)
+    foreseen = foresee_shape(folder, wish=request.experts, **_dtypes(profile))
     if profile is None:
         profile = _stated_profile(options, request, foreseen)
     named = folder.parent if folder.name == "config.json" else folder
@@ -138,10 +138,11 @@ def _this_machine(options: argparse.Namespace, request: LoadRequest) -> Hardware
     return profile_for(request)
 
 
-def _dtype(profile: HardwareProfile | None) -> Any:
-    from runtime.assembly import dtype_for
+def _dtypes(profile: HardwareProfile | None) -> dict[str, Any]:
+    """Return what loading for this machine would ask for; a machine that is only stated is new."""
+    from runtime.assembly import dtype_for, half_for
 
-    return None if profile is None else dtype_for(profile)
+    return {} if profile is None else {"dtype": dtype_for(profile), "half": half_for(profile)}
 
 
 def _stated_profile(
