@@ -31,6 +31,12 @@ STATS = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def data_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one chat teaches the predictor must not show in the figures of the next."""
+    monkeypatch.setenv(config.DATA_DIR_VARIABLE, str(tmp_path / "data"))
+
+
 def answer(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
     """Run a command with --json in this process; its standard output must be one object."""
     status = main([*arguments, "--json"])
