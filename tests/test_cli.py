@@ -383,6 +383,14 @@ def test_the_data_folder_is_the_one_given(tmp_path: Path) -> None:
     assert config.data_dir(None, {}).name.lower() == "prescope"
 
 
+def test_experts_get_every_core_unless_the_environment_asks_for_less() -> None:
+    assert config.cpu_threads(8, {}) == 8
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "2"}) == 2
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "64"}) == 8
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "0"}) == 1
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "4,2"}) == 8
+
+
 def test_models_are_found_by_name_folder_and_hub_name(tmp_path: Path) -> None:
     environ = {"HF_HUB_CACHE": str(tmp_path)}
     repository = tmp_path / "models--owner--name"
