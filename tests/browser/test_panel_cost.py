@@ -7,6 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.chat import Chat
@@ -40,6 +41,7 @@ def ask(page: Page, leave: bool) -> float:
     return tokens_per_s(chat)
 
 
+@pytest.mark.alone
 def test_watching_does_not_slow_the_answer(chromium: Browser, tmp_path: Path) -> None:
     with app_process(None, tmp_path) as app:
         context = chromium.new_context(viewport={"width": 1440, "height": 900})
