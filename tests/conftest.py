@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +52,31 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep everything away from the person's own data folder, which the launcher names."""
     os.environ["PRESCOPE_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def transients_once() -> Iterator[None]:
+    """Run shapes through each model once: the suite loads the same few hundreds of times.
+
+    What is remembered is only for loads; tests of the measurement call it themselves.
+    """
+    shape = sys.modules.get("runtime.adapter_shape")
+    if shape is None:  # what was collected loads nothing
+        yield
+        return
+    measured: dict[tuple[str, ...], Any] = {}
+    measure = shape.transients_of
+
+    def remembered(skeleton: Any, layers: Any) -> Any:
+        formats = repr([(layer.name, layer.format) for layer in layers])
+        model = (skeleton.config.to_json_string(use_diff=False), str(skeleton.dtype), formats)
+        if model not in measured:
+            measured[model] = measure(skeleton, layers)
+        return measured[model]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape, "transients_of", remembered)
+        yield
 
 
 def pytest_sessionfinish() -> None:
