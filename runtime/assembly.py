@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from runtime.config import DEFAULT_MODEL, data_dir, model_folder, model_name
+from runtime.config import DEFAULT_MODEL, cpu_threads, data_dir, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
 from runtime.errors import MemoryPlanError, UnsupportedModelError
 from runtime.expert_file_header import FOLDER as EXPERTS_FOLDER
@@ -76,7 +76,8 @@ def assemble(
     profile = with_disk(profile_for(request), folder)
     # What the emulated card computes is charged to its ledger: one thread is enough for that. In
     # place, experts get all real cores.
-    torch.set_num_threads(1 if profile.emulated else psutil.cpu_count(logical=False) or 1)
+    cores = psutil.cpu_count(logical=False) or 1
+    torch.set_num_threads(1 if profile.emulated else cpu_threads(cores))
     data = data or data_dir()
     keep_profile(profile, data)
     shape = read_shape(folder, dtype_for(profile), request.experts, half_for(profile))

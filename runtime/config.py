@@ -34,6 +34,16 @@ def data_dir(given: str | None = None, environ: Mapping[str, str] = os.environ) 
     return Path(platformdirs.user_data_dir(name, appauthor=False))
 
 
+def cpu_threads(cores: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many threads compute on the CPU: one a core, or fewer if `OMP_NUM_THREADS` asks.
+
+    Who runs something beside the engine says it there: threads that wait for a core they do not
+    have take many times longer than one thread alone.
+    """
+    asked = environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(asked))) if asked.isdecimal() else cores
+
+
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
     """Return where Hugging Face tools keep downloaded models."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):

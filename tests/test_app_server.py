@@ -141,8 +141,8 @@ def sign_in(record: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One app that runs while the tests of a healthy app look at it; then it is hung up on."""
-    app = Running(tmp_path_factory.mktemp("data") / "PreScope é 1", "-c", OBSERVED)
+    """One app that runs while the tests of a healthy app look at it."""
+    app = Running(tmp_path_factory.mktemp("data"), "-c", OBSERVED)
     app.record()
     yield app
     app.close()
@@ -195,15 +195,19 @@ def test_only_this_user_can_read_anything(observed: Running) -> None:
     assert open_to_others == []
 
 
-def test_hanging_up_ends_it_and_leaves_nothing_behind(observed: Running) -> None:
-    """The launcher holds our standard input; when it is gone, so are we. Runs last of its app."""
-    history_file = observed.data_dir / "chats"
-    assert observed.end(observed.hang_up) == 0
-    assert not observed.run_file.exists()
-    report = json.loads((observed.data_dir / "report.json").read_text())
+def test_hanging_up_ends_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The launcher holds our standard input; when it is gone, so are we."""
+    app = Running(tmp_path / "PreScope é 1", "-c", OBSERVED)
+    record = app.record()
+    assert ask(record["port"], "/", sign_in(record)).startswith(b"HTTP/1.1 200 OK")
+    assert live_event(record)
+    history_file = app.data_dir / "chats"
+    assert app.end(app.hang_up) == 0
+    assert not app.run_file.exists()
+    report = json.loads((app.data_dir / "report.json").read_text())
     assert report["heavy"] == []
     assert set(report["names"]) <= {"127.0.0.1", "localhost"}
-    log = "".join(path.read_text() for path in (observed.data_dir / "logs").iterdir())
+    log = "".join(path.read_text() for path in (app.data_dir / "logs").iterdir())
     assert "serving on port" in log
     assert MARKER not in log
     assert "Traceback" not in log

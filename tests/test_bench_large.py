@@ -11,6 +11,7 @@ import pytest
 from runtime.bench import large, large_files
 
 
+@pytest.mark.timeout(300)  # five processes, one after the other
 def test_every_case_runs_and_gives_the_tokens_of_ram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from runtime.bench.load import measure, tell, write_checkpoint
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_load_stays_within_its_plan_and_a_cancelled_one_leaves_nothing(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, layers=2, experts=48)

@@ -31,6 +31,12 @@ STATS = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def data_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one chat teaches the predictor must not show in the figures of the next."""
+    monkeypatch.setenv(config.DATA_DIR_VARIABLE, str(tmp_path / "data"))
+
+
 def answer(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
     """Run a command with --json in this process; its standard output must be one object."""
     status = main([*arguments, "--json"])
@@ -375,6 +381,14 @@ def test_the_data_folder_is_the_one_given(tmp_path: Path) -> None:
     assert config.data_dir(str(tmp_path), variable) == tmp_path
     assert config.data_dir(None, variable) == tmp_path / "v"
     assert config.data_dir(None, {}).name.lower() == "prescope"
+
+
+def test_experts_get_every_core_unless_the_environment_asks_for_less() -> None:
+    assert config.cpu_threads(8, {}) == 8
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "2"}) == 2
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "64"}) == 8
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "0"}) == 1
+    assert config.cpu_threads(8, {"OMP_NUM_THREADS": "4,2"}) == 8
 
 
 def test_models_are_found_by_name_folder_and_hub_name(tmp_path: Path) -> None:

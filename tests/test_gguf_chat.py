@@ -23,7 +23,6 @@ QUESTIONS = ["Hello, who are you?", "What is 17 + 5?"]
 
 def answers(model: str) -> list[str]:
     engine = assemble(LoadRequest(model=model), virtual_clock=True)
-    torch.set_num_threads(1)  # Waiting for a second core of a busy machine costs 10 ms a product.
     texts = []
     for question in QUESTIONS:
         chunks = engine.generate(

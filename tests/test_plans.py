@@ -208,9 +208,11 @@ def test_the_settings_reach_the_question(tmp_path: Path) -> None:
         assert pair == arguments[arguments.index(pair[0]) :][:2]
 
 
+@pytest.mark.alone
 def test_the_child_answers_for_a_config_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At low priority, other tests' processes would leave it next to nothing of the machine."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = {
         "model_type": "mixtral",

@@ -72,11 +72,14 @@ class Rig:
         self.link.issue = watched  # type: ignore[method-assign]
         self.thread = TransferThread(self.device, self.link, CHUNK_BYTES)
 
-    def order(self, *orders: Any) -> None:
+    def order(self, *orders: Any) -> float:
+        """Give orders; return the time that the ledger counts from."""
         for order in orders:
             if isinstance(order, Submit):
                 self.link.free(order.slot)
-        self.thread.order(orders, self.device.now_s())
+        ordered_s = self.device.now_s()
+        self.thread.order(orders, ordered_s)
+        return ordered_s
 
     def wait_for(self, count: int) -> list[TransferEnded]:
         ended: list[TransferEnded] = []
@@ -120,12 +123,11 @@ def demand_chunk(rig: Rig) -> Chunk:
 
 def test_a_copy_takes_as_long_as_the_ledger_says() -> None:
     rig = Rig(link_bytes_per_s=4e6)
-    began_s = rig.device.now_s()
-    rig.order(demand(0), demand(1))
+    ordered_s = rig.order(demand(0), demand(1))
     ended = rig.wait_for(2)
     rig.thread.close()
     modelled_s = 2 * (EXPERT_BYTES / 4e6 + 0.0002)
-    assert ended[-1].at_s - began_s == pytest.approx(modelled_s, abs=0.002)
+    assert ended[-1].at_s - ordered_s == pytest.approx(modelled_s, abs=0.002)
     assert rig.device.now_s() >= ended[-1].at_s
 
 
@@ -167,10 +169,13 @@ def test_a_link_that_hangs_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -
     rig.gate.set()
 
 
-def test_closing_leaves_no_thread(rig: Rig) -> None:
+def test_closing_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    rig = Rig()
     rig.order(demand(0))
+    assert {t.name for t in set(threading.enumerate()) - before} == {"prescope-transfer"}
     rig.thread.close()
-    assert not any(t.name == "prescope-transfer" and t.is_alive() for t in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_chunk_lasts_about_100_us_and_is_aligned() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -23,13 +23,7 @@ class Closing:
         self.asked = threading.Event()
         self.finished = threading.Event()
         self._on_asked = on_asked
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is None:
-                continue
-            # A terminal may close behind a launcher that was told to outlive it (nohup).
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: self.ask())
+        self._hear_signals()
         if sys.platform == "win32":
             self._watch_console_window()
 
@@ -37,13 +31,33 @@ class Closing:
         first = not self.asked.is_set()
         self.asked.set()
         if first:
-            # Not in the signal handler itself: what it interrupted may hold the locks needed here.
             threading.Thread(target=self._on_asked, daemon=True).start()
 
     def wait(self) -> None:
-        """Until asked. In slices, because Windows runs signal handlers only between them."""
-        while not self.asked.wait(0.5 if os.name == "nt" else 3600.0):
-            continue
+        """Until asked."""
+        self.asked.wait()
+
+    def _hear_signals(self) -> None:
+        """A signal writes a byte at once, and a thread reads it.
+
+        A handler in Python would run in the main thread, and not before that does its next step:
+        never, if the signal comes while it goes to sleep. Nor may it touch what it interrupted.
+        """
+        heard, self._wakes = socket.socketpair()
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno())
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is None:
+                continue
+            # A terminal may close behind a launcher that was told to outlive it (nohup).
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+
+    def _listen(self, heard: socket.socket) -> None:
+        while heard.recv(64):
+            self.ask()
 
     def _watch_console_window(self) -> None:
         if sys.platform == "win32":

@@ -30,7 +30,7 @@ class Chat:
 
     def settled(self) -> None:
         """Wait until no answer is under way."""
-        expect(self.page.locator("body:not(.ps-live)")).to_have_count(1, timeout=20_000)
+        expect(self.page.locator("body:not(.ps-live)")).to_have_count(1)
         expect(self.page.locator("#live [data-testid=bot]")).to_have_count(0)
 
     def answering(self) -> Locator:

@@ -100,7 +100,8 @@ def test_a_killed_engine_is_explained_and_the_next_answer_comes(
     engines = [child for child in children if "runtime.host" in " ".join(child.cmdline())]
     assert len(engines) == 1
     engines[0].kill()
-    expect(page.locator("body")).to_contain_text("The engine stopped")
+    # Said while it restarts and again when it is back, but not in between, while the model loads.
+    expect(page.locator("body")).to_contain_text("The engine stopped", timeout=60_000)
     expect(page.locator("body[data-engine=ready]")).to_have_count(1, timeout=60_000)
     item = answered("app")
     answer = chat.ask(item.question)

@@ -35,7 +35,7 @@ def test_a_model_loads_is_cancelled_and_fails_with_a_reason(visit: Visit) -> Non
     expect(strip).to_contain_text("Loading tiny-moe")
     expect(strip).to_contain_text("Reading experts")
     expect(strip.get_by_role("progressbar")).not_to_have_attribute("aria-valuenow", "0")
-    expect(strip).to_be_hidden(timeout=15_000)
+    expect(strip).to_be_hidden()
 
     choose(page, "endless-120b")
     page.locator("#load").click()
@@ -49,7 +49,7 @@ def test_a_model_loads_is_cancelled_and_fails_with_a_reason(visit: Visit) -> Non
 
     choose(page, "broken-8x7b")
     page.locator("#load").click()
-    expect(note).to_contain_text("model.safetensors is cut short", timeout=15_000)
+    expect(note).to_contain_text("model.safetensors is cut short")
     expect(note).to_contain_text("Download it again.")
     expect(note).to_contain_text("tiny-moe stays loaded")
     expect(Chat(page).ask("Do you still answer?")).to_contain_text("experts")
@@ -123,7 +123,7 @@ def test_settings_stay_and_a_lost_server_is_said(
     expect(drawer).to_be_hidden()
 
     page.reload()
-    expect(page.locator("#box textarea")).to_be_visible(timeout=20_000)
+    expect(page.locator("#box textarea")).to_be_visible()
     assert page.evaluate("document.body.classList.contains('dark')") is not dark
     page.get_by_role("button", name="Settings", exact=True).click()
     expect(drawer.locator("#set-system textarea")).to_have_value("Answer in one line.")
@@ -136,6 +136,6 @@ def test_settings_stay_and_a_lost_server_is_said(
 
     own_app.process.terminate()
     lost = page.locator(".ps-note").filter(has_text="connection to PreScope was lost")
-    expect(lost).to_be_visible(timeout=15_000)
+    expect(lost).to_be_visible()
     expect(page.locator("#panel .ps-panel.stale")).to_have_count(1)
     rules.check()

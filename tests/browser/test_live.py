@@ -19,7 +19,7 @@ def ticks(page: Page) -> int:
 
 
 def grows(page: Page, past: int) -> None:
-    page.wait_for_function("n => (PreScope.ticks || 0) > n", arg=past, timeout=15_000)
+    page.wait_for_function("n => (PreScope.ticks || 0) > n", arg=past)
 
 
 def pixels(page: Page) -> str:

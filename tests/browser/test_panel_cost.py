@@ -7,6 +7,8 @@ import statistics
 import time
 from pathlib import Path
 
+import psutil
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.chat import Chat
@@ -16,6 +18,9 @@ QUESTION = "Tell me a story about a fox named Zoe, a silver lamp and the harbor.
 AWAY_S = 6.0
 """Longer than the answer takes: nobody looks while it is written."""
 ROUNDS = 3
+BUSY_PERCENT = 50.0
+"""Of the whole machine, before anything of ours runs: the page and the engine would get no core
+each, and the two sides would tell who else is there."""
 LEAST_RATIO = 0.8
 """Of the speed without a page; the two sides alternate in one run on the same machine."""
 
@@ -40,7 +45,10 @@ def ask(page: Page, leave: bool) -> float:
     return tokens_per_s(chat)
 
 
+@pytest.mark.alone
 def test_watching_does_not_slow_the_answer(chromium: Browser, tmp_path: Path) -> None:
+    if psutil.cpu_percent(interval=1.0) > BUSY_PERCENT:
+        pytest.skip("something else keeps this machine busy")
     with app_process(None, tmp_path) as app:
         context = chromium.new_context(viewport={"width": 1440, "height": 900})
         page = context.new_page()

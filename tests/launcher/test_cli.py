@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import launcher
+from assets.launcher import checks
 from assets.launcher.checks import CHECKS
 from assets.launcher.cli import OWN_COMMANDS, RUNTIME_COMMANDS, split
 from assets.launcher.places import ROOT
@@ -139,6 +140,32 @@ def test_the_checks_are_the_promised_ones() -> None:
         "ruff format --check .",
         "mypy",
     ]
+
+
+def test_every_check_runs_and_pytest_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(*check: str) -> int:
+        asked.append(check)
+        return int(check == ("mypy",))
+
+    monkeypatch.setattr(checks, "run", run)
+    assert checks.main([]) == 1, "mypy failed, though pytest did not"
+    assert tuple(asked[:-1]) == CHECKS
+    assert asked[-1][0] == "pytest"
+    asked.clear()
+    assert checks.main(["tests/test_x.py", "-k", "y"]) == 0
+    assert asked == [("pytest", "tests/test_x.py", "-k", "y")]
+
+
+def test_as_many_processes_as_have_cores_and_memory() -> None:
+    gib = 2**30
+    assert checks.workers(2, 20 * gib) == 2
+    assert checks.workers(2, 5 * gib) == 1
+    assert checks.workers(1, gib) == 1
+    assert checks.workers(64, 256 * gib) == checks.MOST_WORKERS
+    assert checks.spread(1) == []
+    assert checks.spread(2)[:2] == ["-n", "2"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")

@@ -136,6 +136,7 @@ class Tree:
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """As from a terminal that may close, though these tests may run under nohup."""
         launcher = subprocess.Popen(
             self.command(*arguments),
             env=self.environ,
@@ -143,6 +144,7 @@ class Tree:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self._started.append(launcher)
         return launcher
