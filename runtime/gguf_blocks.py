@@ -186,10 +186,13 @@ def _mxfp4(blocks: Tensor) -> _Unpacked:
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K: 6 bits each, packed."""
-    first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
-    scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), 1)
-    minima = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), 1)
-    return _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    # Four of them to an int32.
+    first, second, third = blocks[:, 4:16].contiguous().view(torch.int32).unbind(1)
+    upper = ((first >> 2) & 0x30303030, (second >> 2) & 0x30303030)
+    lower = (third & 0x0F0F0F0F, (third >> 4) & 0x0F0F0F0F)
+    words = (first & 0x3F3F3F3F, lower[0] | upper[0], second & 0x3F3F3F3F, lower[1] | upper[1])
+    sixes = torch.stack(words, 1).view(torch.uint8).float()
+    return _half(blocks, 0) * sixes[:, :8], _half(blocks, 2) * sixes[:, 8:]
 
 
 def _q4_k(blocks: Tensor) -> _Unpacked:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from runtime.formats import Form
 from runtime.weight_forms import PIECE_ROWS, Codes, powers_of_two
-from runtime.weight_packing import exchange
+from runtime.weight_packing import exchange, turned
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word, counted from the lowest, each of its eight outputs has."""
@@ -66,8 +66,10 @@ def _awq_rows(words: Tensor) -> Tensor:
     for bits, step in ((8, 2), (4, 1)):
         pairs = square.reshape(4 // step, 2, step, -1)
         exchange(pairs[:, 0], pairs[:, 1], bits)
-    turned = square[list(_AWQ_PLACES)].transpose(2, 0, 1).reshape(8 * outputs, -1)
-    return torch.from_numpy(turned.view(np.int32))
+    rows = np.empty((outputs, 8, inputs // 8), dtype=np.uint32)
+    for output, place in enumerate(_AWQ_PLACES):
+        rows[:, output] = turned(square[place])
+    return torch.from_numpy(rows.view(np.int32)).flatten(0, 1)
 
 
 def _awq_zeros(words: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.formats import Form, Matrix, ScaleDtype
-from runtime.weight_packing import LARGEST_BLOCK, pack_into, unpack
+from runtime.weight_packing import LARGEST_BLOCK, pack_into, turned, unpack
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_VALUES = (*_E2M1, *(-value for value in _E2M1))
@@ -68,6 +68,9 @@ class Codes:
         # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
         words = self.codes.clone(memory_format=torch.contiguous_format)
         pairs = words.view(torch.uint8).view(len(words), -1, self.apart)
+        if self.apart == 1:
+            wide = pairs.flatten(1).to(torch.int16)
+            return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
         return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
 
 
@@ -232,10 +235,11 @@ def _write_groups(codes: Codes, scales: Tensor) -> None:
     if codes.zeros is None:
         scales.copy_(wide.t())
         return
-    both = torch.stack((wide, codes.zeros.to(scales.dtype)), 2)
     # A scale and its zero move as one number.
-    one = torch.int64 if scales.dtype == torch.float32 else torch.int32
-    scales.view(one).squeeze(2).copy_(both.view(one).squeeze(2).t())
+    half, whole = (torch.int32, torch.int64) if wide.itemsize == 4 else (torch.int16, torch.int32)
+    each = [tensor.view(half).numpy() for tensor in (wide, codes.zeros.to(scales.dtype))]
+    both = torch.from_numpy(np.stack(each, 2)).view(whole)
+    scales.view(whole).squeeze(2).copy_(both.squeeze(2).t())
 
 
 def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:
@@ -244,6 +248,8 @@ def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:
     if array.ndim == 3:
         # Runs of bytes with something else in between: copied as wholes, not byte by byte.
         array = array.view(f"V{array.shape[2] * array.itemsize}").squeeze(2)
+    elif array.strides[1] != array.itemsize == 4:
+        array = turned(array.view(np.uint32).T)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(len(array), -1)
 
 

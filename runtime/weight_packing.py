@@ -24,6 +24,7 @@ from torch import Tensor
 LARGEST_BLOCK = 64
 """No packing has blocks of more rows."""
 _LOWER_FIELDS = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
+_LINE_WORDS = 16
 
 Words = NDArray[np.uint32]
 
@@ -91,6 +92,19 @@ def exchange(first: NDArray[Any], second: NDArray[Any], bits: int) -> None:
     second ^= moved
     moved <<= np.uint32(bits)
     first ^= moved
+
+
+def turned(words: Words) -> Words:
+    """Return the transpose of (R, N) in memory of its own.
+
+    Whole cache lines go first: numpy alone would fetch each of them once per word.
+    """
+    rows, columns = words.shape
+    if columns % _LINE_WORDS or words.strides[1] != words.itemsize:
+        return np.ascontiguousarray(words.T)
+    lines = words.view(f"V{_LINE_WORDS * words.itemsize}").T.copy()
+    squares = lines.view(np.uint32).reshape(-1, rows, _LINE_WORDS)
+    return np.ascontiguousarray(squares.transpose(0, 2, 1)).reshape(columns, rows)
 
 
 def _pack_blocks(
