@@ -35,6 +35,8 @@ SYNC_BYTES = 64 * 2**20
 PIECE_NUMBERS = 2**19
 MAKERS = 4
 SCRATCH_BYTES = 256 * 2**20
+_QUANTISING_BYTES = 8 * 2**20
+"""What quantising a few rows makes on the way, in one thread."""
 
 log = logging.getLogger("prescope.experts")
 
@@ -150,6 +152,20 @@ def quantised_layer(
     return LayerForms(experts, plain, lay_out(tensors, matrices), transposed)
 
 
+def makers_of(layers: Sequence[LayerForms]) -> int:
+    """Return how many experts are made at once: as many as memory may lie beside, at least one."""
+    return max(1, min(MAKERS, SCRATCH_BYTES // _largest(layers)))
+
+
+def making_bytes(layers: Sequence[LayerForms]) -> int:
+    """Return what all who make experts of `layers` need together, beside their places."""
+    return makers_of(layers) * (_largest(layers) + _QUANTISING_BYTES)
+
+
+def _largest(layers: Sequence[LayerForms]) -> int:
+    return max((layer.plain.size_bytes for layer in layers), default=1)
+
+
 class KeptExperts:
     """The quantised experts of one model, from their file or made on the way into it.
 
@@ -179,10 +195,8 @@ class KeptExperts:
         self._writer: ExpertFileWriter | None = None
         self._written: set[ExpertId] = set()
         self._unsynced_bytes = 0
-        largest = max((layer.plain.size_bytes for layer in layers), default=0)
-        # As many experts are made at once as memory may lie beside the plan, at least one.
-        self._turns = max(1, min(MAKERS, SCRATCH_BYTES // max(1, largest)))
-        self._scratch_bytes = largest
+        self._turns = makers_of(layers)
+        self._scratch_bytes = _largest(layers)
         self._scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
         for _ in range(self._turns):
             self._scratch.put(None)

@@ -32,7 +32,7 @@ FORMS = {
 _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # The sixteen steps of ggml's non-linear four-bit types.
 _IQ4_STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_PIECE_ITEMS = 2**20
+_PIECE_ITEMS = 2**19
 
 
 def common_form(kinds: Sequence[str]) -> Form:

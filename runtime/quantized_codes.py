@@ -21,7 +21,7 @@ from runtime.weight_packing import exchange, turned
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word, counted from the lowest, each of its eight outputs has."""
-_PIECE_NUMBERS = 2**20
+_PIECE_NUMBERS = 2**19
 
 
 def plain(

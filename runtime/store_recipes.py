@@ -24,8 +24,10 @@ from runtime.kernels import views
 from runtime.safetensors_files import TensorEntry
 from runtime.weight_forms import Codes, encode
 
-_SCRATCH_ITEMS = 2**20
-RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8"}
+_SCRATCH_ITEMS = 2**18
+_UNPACKING_BYTES = 2 * 2**20
+"""What unpacking a few rows makes on the way, in one thread."""
+RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8", "I8": "uint8"}
 """As what a part holds numbers of these stored dtypes, which mean nothing without their scales."""
 
 
@@ -201,6 +203,20 @@ class RecipeSource:
         if scratch is None or scratch.numel() < size_bytes:
             scratch = self._own.scratch = torch.empty(size_bytes, dtype=torch.uint8)
         return scratch[:size_bytes]
+
+
+def reading_bytes(layers: Sequence[LayerSource]) -> int:
+    """Return what one thread needs that reads experts of `layers`, beside their places.
+
+    What goes straight to its place needs nothing, and conversions of a family's own are not
+    counted.
+    """
+    largest = 0
+    for layer in layers:
+        steps = [step for step in layer.recipes[0] if isinstance(step, Encoding)]
+        sizes = [sum(_aligned(size) for _, _, size in step.inputs) for step in steps]
+        largest = max(largest, *sizes) if sizes else largest
+    return largest + _UNPACKING_BYTES if largest else 0
 
 
 def bytes_in(raw: Tensor) -> memoryview:

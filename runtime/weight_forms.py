@@ -36,7 +36,7 @@ _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
 PIECE_ROWS = LARGEST_BLOCK
 """Rows of a matrix that is written in pieces begin at a multiple of this."""
-_PIECE_BYTES = 2**19
+_PIECE_BYTES = 2**18
 """So much is packed at once: numpy's overhead does not show, and it stays in the cache."""
 
 
