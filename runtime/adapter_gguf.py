@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,12 +21,12 @@ from runtime.adapter_gguf_mapped import mapping_of
 from runtime.adapter_gguf_weights import GgufWeight, row_numbers
 from runtime.adapter_recipes import Checkpoint
 from runtime.errors import ModelFilesError, UnsupportedModelError
-from runtime.formats import Matrix, Part, lay_out
-from runtime.gguf_blocks import FORMS, common_form, stacked, unpack, widened
+from runtime.formats import Form, Matrix, Part, lay_out
+from runtime.gguf_blocks import FORMS, common_form, pieces, stacked, widened
 from runtime.gguf_files import GgufFiles, logical_shape
 from runtime.safetensors_files import TensorEntry
 from runtime.store_recipes import Conversion, Encoding, LayerSource, Piece, Recipe
-from runtime.weight_forms import Codes, form_for, parts_of
+from runtime.weight_forms import PIECE_ROWS, Codes, form_for, parts_of
 
 _AGAIN = "Download the model again, or choose another one."
 _OTHER = "Choose a version of this model as safetensors."
@@ -210,18 +210,37 @@ def _quantised(
     form = form_for(common_form([entry.stored for entry in entries]), dtype)
     outputs, inputs = part.shape[::-1] if layer.math.transposed else part.shape
     matrix = Matrix(part.name, (outputs, inputs), form)
-    kinds = tuple(entry.stored for entry in entries)
-
-    def codes(raw: Sequence[Tensor]) -> Codes:
-        each = [unpack(kind, data, inputs) for kind, data in zip(kinds, raw, strict=True)]
-        return stacked([widened(codes, form) for codes in each], not _concatenated(layer))
-
+    apart = _concatenated(layer) and outputs // len(entries) % PIECE_ROWS == 0
     steps: list[Recipe] = []
+    together = [[entry] for entry in entries] if apart else [entries]
+    unpacks = [partial(_codes, layer, form, inputs, tuple(e.stored for e in es)) for es in together]
     for expert in range(layer.experts):
-        sizes = [entry.size_bytes // layer.experts for entry in entries]
-        reads = [(e.name, expert * size, size) for e, size in zip(entries, sizes, strict=True)]
-        steps.append((Encoding(matrix, tuple(reads), codes),))
+        recipe = []
+        first = 0
+        for some, unpack in zip(together, unpacks, strict=True):
+            sizes = [entry.size_bytes // layer.experts for entry in some]
+            reads = [(e.name, expert * size, size) for e, size in zip(some, sizes, strict=True)]
+            recipe.append(Encoding(matrix, tuple(reads), unpack, first))
+            first += outputs // len(together)
+        steps.append(tuple(recipe))
     return matrix, steps
+
+
+def _codes(
+    layer: MoeLayer, form: Form, inputs: int, kinds: Sequence[str], raw: Sequence[Tensor]
+) -> Iterator[Codes]:
+    """Unpack what one expert has of tensors of these types, below each other or in turns."""
+    each = [
+        (widened(codes, form) for codes in pieces(kind, data, inputs))
+        for kind, data in zip(kinds, raw, strict=True)
+    ]
+    if len(each) == 1:
+        yield from each[0]
+    elif _concatenated(layer):
+        yield stacked([codes for matrix in each for codes in matrix], interleaved=False)
+    else:
+        for rows in zip(*each, strict=True):
+            yield stacked(rows, interleaved=True)
 
 
 def _plain(layer: MoeLayer, part: Part, entries: Sequence[TensorEntry]) -> list[Recipe]:

@@ -6,8 +6,9 @@ Each step reads the bytes of one expert and no other, and can be carried out aga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -20,7 +21,7 @@ from runtime.formats import DTYPE_BYTES, Form, Matrix, Part
 from runtime.quantized_tensors import QuantisedTensor
 from runtime.safetensors_files import TensorEntry
 from runtime.store_recipes import RAW_DTYPES, Encoding, LayerSource, Piece, Recipe
-from runtime.weight_forms import Codes, form_for, parts_of
+from runtime.weight_forms import PIECE_ROWS, Codes, form_for, parts_of
 
 _AGAIN = "Download the model again, or choose another one."
 _OTHER = "Choose another version of this model, such as one in bfloat16 or GGUF."
@@ -99,8 +100,15 @@ def _steps(matrix: Matrix, form: Form, pieces: Sequence[QuantisedTensor], expert
     straight = _straight(matrix, pieces, expert)
     if straight is not None:
         return straight
-    inputs = tuple(read for piece in pieces for read in piece.inputs(expert))
-    return (Encoding(matrix, inputs, _joining(form, pieces)),)
+    if any(piece.shape[-2] % PIECE_ROWS for piece in pieces[:-1]):
+        inputs = tuple(read for piece in pieces for read in piece.inputs(expert))
+        return (Encoding(matrix, inputs, partial(_joined, form, pieces)),)
+    steps = []
+    first = 0
+    for piece in pieces:
+        steps.append(Encoding(matrix, piece.inputs(expert), partial(_alone, form, piece), first))
+        first += piece.shape[-2]
+    return tuple(steps)
 
 
 def _straight(matrix: Matrix, pieces: Sequence[QuantisedTensor], expert: int) -> Recipe | None:
@@ -133,16 +141,19 @@ def _agreed(name: str, pieces: Sequence[QuantisedTensor]) -> tuple[Form, int]:
     return form, sum(outputs)
 
 
-def _joining(form: Form, pieces: Sequence[QuantisedTensor]) -> Callable[[Sequence[Tensor]], Codes]:
-    def unpack(raw: Sequence[Tensor]) -> Codes:
-        codes = []
-        begin = 0
-        for piece in pieces:
-            codes.append(piece.codes(raw[begin : begin + len(piece.sources)]))
-            begin += len(piece.sources)
-        return quantized_codes.join(form, codes)
+def _alone(form: Form, piece: QuantisedTensor, raw: Sequence[Tensor]) -> Iterator[Codes]:
+    return (quantized_codes.finer(codes, form) for codes in piece.codes(raw))
 
-    return unpack
+
+def _joined(
+    form: Form, pieces: Sequence[QuantisedTensor], raw: Sequence[Tensor]
+) -> Iterator[Codes]:
+    codes: list[Codes] = []
+    begin = 0
+    for piece in pieces:
+        codes += piece.codes(raw[begin : begin + len(piece.sources)])
+        begin += len(piece.sources)
+    yield quantized_codes.join(form, codes)
 
 
 def _wrong(parameter: str, what: str) -> NoReturn:

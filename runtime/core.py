@@ -117,6 +117,7 @@ class ModelShape:
     """The sizes a memory plan needs. `experts` has one entry per MoE layer.
 
     `predictor_bytes` are the matrices on the device that guess the experts of later layers.
+    `reading_bytes` are what all readers of experts together need beside the experts' places.
     """
 
     name: str
@@ -128,6 +129,7 @@ class ModelShape:
     context_tokens: int
     transients: Transients = Transients()
     predictor_bytes: int = 0
+    reading_bytes: int = 0
 
     @property
     def layers(self) -> int:
@@ -144,8 +146,8 @@ class MemoryPlan:
 
     `kv_tokens` are shared by all sequences; one of them may have `context_tokens` (0: all of
     them). `prefill_bytes` is the part of the workspace that the chunks of a prompt may use.
-    `ram_device_bytes` are the device's parts where the device is this computer itself. `notes`
-    are sentences for a person.
+    `ram_device_bytes` are the device's parts where the device is this computer itself, and
+    `ram_reading_bytes` what those need who read experts. `notes` are sentences for a person.
 
     `ram_experts` is how many experts RAM holds at once; the others are read from the disk when
     they are needed. None stands for all of them.
@@ -167,6 +169,7 @@ class MemoryPlan:
     ram_device_bytes: int = 0
     ram_reserve_bytes: int = 0
     ram_experts_bytes: int = 0
+    ram_reading_bytes: int = 0
     pinned_bytes: int = 0
     notes: tuple[str, ...] = ()
 

@@ -17,6 +17,7 @@ import torch
 
 from runtime.core import HardwareProfile
 from runtime.device import Fence, Stream
+from runtime.device_host_memory import host_memory
 from runtime.timeline import Timeline
 
 HOST = "host"
@@ -109,7 +110,7 @@ class EmulatedDevice:
         return torch.zeros((slots, slot_bytes), dtype=torch.uint8)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return host_memory(size_bytes)
 
     def release_host(self, block: torch.Tensor) -> None:
         """Ordinary memory goes when its last view goes."""

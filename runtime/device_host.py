@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from runtime.device import Fence, Stream
+from runtime.device_host_memory import host_memory
 
 
 class HostDevice:
@@ -28,7 +29,7 @@ class HostDevice:
         return torch.empty((0, slot_bytes), dtype=torch.uint8)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return host_memory(size_bytes)
 
     def release_host(self, block: torch.Tensor) -> None:
         """Ordinary memory goes when its last view goes."""

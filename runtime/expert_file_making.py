@@ -12,7 +12,7 @@ import hashlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,12 +29,14 @@ from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
 from runtime.kernels import views
 from runtime.store import ExpertSource
 from runtime.store_recipes import bytes_in
-from runtime.weight_forms import Codes, encode, parts_of
+from runtime.weight_forms import PIECE_ROWS, Codes, encode, parts_of
 
 SYNC_BYTES = 64 * 2**20
-PIECE_NUMBERS = 2**22
+PIECE_NUMBERS = 2**19
 MAKERS = 4
 SCRATCH_BYTES = 256 * 2**20
+_QUANTISING_BYTES = 8 * 2**20
+"""What quantising a few rows makes on the way, in one thread."""
 
 log = logging.getLogger("prescope.experts")
 
@@ -50,34 +52,27 @@ class Quantiser:
     form_of: Callable[[tuple[int, int]], Form | None]
     quantise: Callable[[Tensor, Form], Codes]
 
-    def in_pieces(self, matrix: Tensor, form: Form, stop: Callable[[], bool], name: str) -> Codes:
+    def in_pieces(
+        self, matrix: Tensor, form: Form, stop: Callable[[], bool], name: str
+    ) -> Iterator[Codes]:
         """Quantise a few rows at a time, so that memory stays small and `stop` is asked often.
 
         Raises:
             CancelledError: `stop` returned True.
             ModelFilesError: the matrix, called `name`, has numbers that are not finite.
         """
-        rows = max(form.rows, PIECE_NUMBERS // matrix.shape[1] // form.rows * form.rows)
-        pieces = []
+        rows = max(PIECE_ROWS, PIECE_NUMBERS // matrix.shape[1] // PIECE_ROWS * PIECE_ROWS)
         for begin in range(0, len(matrix), rows):
             if stop():
                 raise CancelledError("Loading was stopped.")
-            piece = matrix[begin : begin + rows]
-            if not bool(torch.isfinite(piece).all()):
+            codes = self.quantise(matrix[begin : begin + rows], form)
+            # One number that is not finite spoils its whole group, and groups are fewer to look at.
+            if not bool(torch.isfinite(codes.scales).all()):
                 raise ModelFilesError(
                     f"{name} has numbers that are not finite, so it cannot be quantised.",
                     "Load the model's experts as stored, or download it again.",
                 )
-            pieces.append(self.quantise(piece, form))
-        if len(pieces) == 1:
-            return pieces[0]
-        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-        return Codes(
-            pieces[0].form,
-            torch.cat([piece.codes for piece in pieces]),
-            torch.cat([piece.scales for piece in pieces]),
-            torch.cat(zeros) if zeros else None,
-        )
+            yield codes
 
     def fingerprint(self) -> str:
         """Name the arithmetic and the packing by what they make of a fixed matrix."""
@@ -128,11 +123,10 @@ class LayerForms:
                 targets[name].copy_(source)
                 continue
             weight = source.t() if self.transposed else source
-            encode(
-                quantiser.in_pieces(weight, matrix.form, stop, f"{name} of {whose}"),
-                matrix,
-                targets,
-            )
+            first = 0
+            for codes in quantiser.in_pieces(weight, matrix.form, stop, f"{name} of {whose}"):
+                encode(codes, matrix, targets, first)
+                first += len(codes.codes)
 
 
 def quantised_layer(
@@ -156,6 +150,20 @@ def quantised_layer(
         matrices.append(Matrix(part.name, (shape[0], shape[1]), form))
         tensors += parts_of(matrices[-1])
     return LayerForms(experts, plain, lay_out(tensors, matrices), transposed)
+
+
+def makers_of(layers: Sequence[LayerForms]) -> int:
+    """Return how many experts are made at once: as many as memory may lie beside, at least one."""
+    return max(1, min(MAKERS, SCRATCH_BYTES // _largest(layers)))
+
+
+def making_bytes(layers: Sequence[LayerForms]) -> int:
+    """Return what all who make experts of `layers` need together, beside their places."""
+    return makers_of(layers) * (_largest(layers) + _QUANTISING_BYTES)
+
+
+def _largest(layers: Sequence[LayerForms]) -> int:
+    return max((layer.plain.size_bytes for layer in layers), default=1)
 
 
 class KeptExperts:
@@ -187,10 +195,8 @@ class KeptExperts:
         self._writer: ExpertFileWriter | None = None
         self._written: set[ExpertId] = set()
         self._unsynced_bytes = 0
-        largest = max((layer.plain.size_bytes for layer in layers), default=0)
-        # As many experts are made at once as memory may lie beside the plan, at least one.
-        self._turns = max(1, min(MAKERS, SCRATCH_BYTES // max(1, largest)))
-        self._scratch_bytes = largest
+        self._turns = makers_of(layers)
+        self._scratch_bytes = _largest(layers)
         self._scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
         for _ in range(self._turns):
             self._scratch.put(None)

@@ -7,14 +7,14 @@ does the zero of a four-bit block unless its scale and minimum lie 2 ** 4 or mor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from runtime.formats import Form
 from runtime.gguf_types import BLOCKS
-from runtime.weight_forms import Codes, dequantise
+from runtime.weight_forms import PIECE_ROWS, Codes, dequantise, powers_of_two
 
 FORMS = {
     "Q4_0": Form("int4", 1, 32),
@@ -32,7 +32,7 @@ FORMS = {
 _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # The sixteen steps of ggml's non-linear four-bit types.
 _IQ4_STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_ROWS_ITEMS = 2**20
+_PIECE_ITEMS = 2**19
 
 
 def common_form(kinds: Sequence[str]) -> Form:
@@ -48,36 +48,50 @@ def common_form(kinds: Sequence[str]) -> Form:
 
 
 def unpack(kind: str, raw: Tensor, columns: int) -> Codes:
-    """Return the matrix (rows, columns) whose blocks of type `kind` are `raw`, uint8, flat."""
+    """Return the matrix (rows, columns) whose blocks of type `kind` are `raw`, uint8, flat.
+
+    Its codes may be a view of `raw`.
+    """
     per_block, block_bytes = BLOCKS[kind]
-    codes, scales, zeros = _UNPACK[kind](raw.view(-1, block_bytes))
+    codes, scales, zeros, apart = _UNPACK[kind](raw.view(-1, block_bytes))
     per_scale = FORMS[kind].columns
     assert columns % per_block == 0, (kind, columns)
     return Codes(
         FORMS[kind],
-        codes.reshape(-1, columns),
+        codes.view(-1, columns // per_block, *codes.shape[1:]),
         scales.reshape(-1, columns // per_scale),
         None if zeros is None else zeros.reshape(-1, columns // per_scale),
+        apart,
     )
+
+
+def pieces(kind: str, raw: Tensor, columns: int) -> Iterator[Codes]:
+    """Unpack a few rows at a time, so that what is made on the way stays small."""
+    per_block, block_bytes = BLOCKS[kind]
+    rows = raw.view(-1, columns // per_block * block_bytes)
+    step = max(1, _PIECE_ITEMS // columns // PIECE_ROWS) * PIECE_ROWS
+    for begin in range(0, len(rows), step):
+        yield unpack(kind, rows[begin : begin + step].flatten(), columns)
 
 
 def widened(codes: Codes, form: Form) -> Codes:
     """Return the same numbers in `form`, one that `common_form` returned for their type."""
-    if codes.form == form:
-        return codes
-    numbers, scales, zeros = codes.codes, codes.scales, codes.zeros
-    if form.kind == "int8" and codes.form.kind == "int4":
-        numbers = numbers.to(torch.int8) - 8
-    elif form.kind == "int8" and codes.form.kind == "mxfp4":
-        numbers = torch.tensor(_DOUBLED_E2M1, dtype=torch.int8)[numbers.long()]
-        scales = scales / 2
+    numbers, scales, zeros, apart = codes.codes, codes.scales, codes.zeros, codes.apart
+    if form.kind != codes.form.kind:
+        assert form.kind == "int8", (codes.form, form)
+        numbers, apart = codes.numbers, 0
+        if codes.form.kind == "int4":
+            numbers = numbers.to(torch.int8) - 8
+        else:
+            numbers = torch.tensor(_DOUBLED_E2M1, dtype=torch.int8)[numbers.long()]
+            scales = scales / 2
     if form.zeros and zeros is None:
         zeros = torch.zeros_like(scales)
     times = codes.form.columns // form.columns
     if times > 1:
         scales = scales.repeat_interleave(times, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(times, 1)
-    return Codes(form, numbers, scales, zeros)
+    return Codes(form, numbers, scales, zeros, apart)
 
 
 def stacked(matrices: Sequence[Codes], interleaved: bool) -> Codes:
@@ -89,7 +103,7 @@ def stacked(matrices: Sequence[Codes], interleaved: bool) -> Codes:
     zeros = [codes.zeros for codes in matrices if codes.zeros is not None]
     return Codes(
         matrices[0].form,
-        join([codes.codes for codes in matrices]),
+        join([codes.numbers for codes in matrices]),
         join([codes.scales for codes in matrices]),
         join(zeros) if zeros else None,
     )
@@ -98,16 +112,16 @@ def stacked(matrices: Sequence[Codes], interleaved: bool) -> Codes:
 def numbers_of(kind: str, raw: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the matrix (rows, columns) that `raw` stands for, each number rounded once."""
     per_block, block_bytes = BLOCKS[kind]
-    rows = raw.view(-1, columns // per_block * block_bytes)
-    matrix = torch.empty((len(rows), columns), dtype=dtype)
-    step = max(1, _ROWS_ITEMS // columns)
-    for begin in range(0, len(rows), step):
-        piece = rows[begin : begin + step].flatten()
-        matrix[begin : begin + step] = dequantise(unpack(kind, piece, columns), dtype)
+    matrix = torch.empty((raw.numel() // block_bytes * per_block // columns, columns), dtype=dtype)
+    begin = 0
+    for codes in pieces(kind, raw, columns):
+        matrix[begin : begin + len(codes.codes)] = dequantise(codes, dtype)
+        begin += len(codes.codes)
     return matrix
 
 
-_Unpacked = tuple[Tensor, Tensor, Tensor | None]
+_Unpacked = tuple[Tensor, Tensor, Tensor | None, int]
+"""Codes of each block, scales, zeros, and how `Codes.apart` tells that codes lie."""
 
 
 def _half(blocks: Tensor, begin: int) -> Tensor:
@@ -121,12 +135,12 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> _Unpacked:
-    return _nibbles(blocks[:, 2:]), _half(blocks, 0), None
+    return blocks[:, 2:], _half(blocks, 0), None, 16
 
 
 def _q4_1(blocks: Tensor) -> _Unpacked:
     scale = _half(blocks, 0)
-    return _nibbles(blocks[:, 4:]), scale, 8 * scale + _half(blocks, 2)
+    return blocks[:, 4:], scale, 8 * scale + _half(blocks, 2), 16
 
 
 def _fifth_bits(blocks: Tensor, begin: int) -> Tensor:
@@ -137,12 +151,12 @@ def _fifth_bits(blocks: Tensor, begin: int) -> Tensor:
 
 def _q5_0(blocks: Tensor) -> _Unpacked:
     numbers = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
-    return numbers.to(torch.int8) - 16, _half(blocks, 0), None
+    return numbers.to(torch.int8) - 16, _half(blocks, 0), None, 0
 
 
 def _q5_1(blocks: Tensor) -> _Unpacked:
     numbers = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
-    return numbers.to(torch.int8), _half(blocks, 0), _half(blocks, 2)
+    return numbers.to(torch.int8), _half(blocks, 0), _half(blocks, 2), 0
 
 
 def _stepped(nibbles: Tensor) -> Tensor:
@@ -150,7 +164,7 @@ def _stepped(nibbles: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> _Unpacked:
-    return _stepped(_nibbles(blocks[:, 2:])), _half(blocks, 0), None
+    return _stepped(_nibbles(blocks[:, 2:])), _half(blocks, 0), None, 0
 
 
 def _iq4_xs(blocks: Tensor) -> _Unpacked:
@@ -158,30 +172,32 @@ def _iq4_xs(blocks: Tensor) -> _Unpacked:
     bits = torch.arange(0, 8, 2, dtype=torch.uint8)
     high = (blocks[:, 2:4].unsqueeze(2) >> bits & 3).flatten(1)
     scales = (low | (high << 4)).to(torch.int8) - 32
-    return _stepped(_nibbles(blocks[:, 8:].view(-1, 8, 16))), _half(blocks, 0) * scales, None
+    numbers = _stepped(_nibbles(blocks[:, 8:].view(-1, 8, 16))).flatten(1)
+    return numbers, _half(blocks, 0) * scales, None, 0
 
 
 def _q8_0(blocks: Tensor) -> _Unpacked:
-    return blocks[:, 2:].contiguous().view(torch.int8), _half(blocks, 0), None
+    return blocks[:, 2:].view(torch.int8), _half(blocks, 0), None, 0
 
 
 def _mxfp4(blocks: Tensor) -> _Unpacked:
-    # 255 is no number as such a scale; the next power of two takes its place.
-    exponents = blocks[:, :1].clamp(max=254).double() - 127
-    return _nibbles(blocks[:, 1:]), torch.exp2(exponents).float(), None
+    return blocks[:, 1:], powers_of_two(blocks[:, :1]), None, 16
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K: 6 bits each, packed."""
-    first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
-    scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), 1)
-    minima = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), 1)
-    return _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    # Four of them to an int32.
+    first, second, third = blocks[:, 4:16].contiguous().view(torch.int32).unbind(1)
+    upper = ((first >> 2) & 0x30303030, (second >> 2) & 0x30303030)
+    lower = (third & 0x0F0F0F0F, (third >> 4) & 0x0F0F0F0F)
+    words = (first & 0x3F3F3F3F, lower[0] | upper[0], second & 0x3F3F3F3F, lower[1] | upper[1])
+    sixes = torch.stack(words, 1).view(torch.uint8).float()
+    return _half(blocks, 0) * sixes[:, :8], _half(blocks, 2) * sixes[:, 8:]
 
 
 def _q4_k(blocks: Tensor) -> _Unpacked:
     scales, minima = _scales_and_minima(blocks)
-    return _nibbles(blocks[:, 16:].view(-1, 4, 32)), scales, 8 * scales - minima
+    return blocks[:, 16:], scales, 8 * scales - minima, 32
 
 
 def _q5_k(blocks: Tensor) -> _Unpacked:
@@ -189,7 +205,7 @@ def _q5_k(blocks: Tensor) -> _Unpacked:
     low = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
     bits = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
     high = (blocks[:, 16:48].unsqueeze(1) >> bits) & 1
-    return (low | (high << 4)).to(torch.int8), scales, -minima
+    return (low | (high << 4)).to(torch.int8).flatten(1), scales, -minima, 0
 
 
 def _q6_k(blocks: Tensor) -> _Unpacked:
@@ -198,7 +214,7 @@ def _q6_k(blocks: Tensor) -> _Unpacked:
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> bits) & 3
     numbers = (low | (high.flatten(2) << 4)).to(torch.int8) - 32
     scales = blocks[:, 192:208].contiguous().view(torch.int8)
-    return numbers, _half(blocks, 208) * scales, None
+    return numbers.flatten(1), _half(blocks, 208) * scales, None, 0
 
 
 _UNPACK = {

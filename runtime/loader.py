@@ -6,7 +6,7 @@ weights and tokenizer are read here, checked first, from the given folder alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from runtime.config import model_name
 from runtime.core import ExpertsWish, LoadProgress, ModelShape
 from runtime.errors import CancelledError, MemoryPlanError, ModelFilesError
 from runtime.loader_dense import DenseWeights, Stop
-from runtime.loader_experts import finish, hold_experts, naming, one_thread_each
+from runtime.loader_experts import HeldExperts, finish, hold_experts, naming, one_thread_each
 from runtime.loader_source import open_source
 from runtime.safetensors_files import SafetensorsFiles
 from runtime.store import ExpertStore
@@ -78,9 +78,14 @@ def read_shape(
         layers = find_moe_layers(skeleton, dtype)
         checkpoint = source.sort(skeleton, layers)
         wanted = hold_experts(layers, checkpoint.sources, experts)
-        return model_shape(source.name, skeleton, with_held_formats(layers, wanted.sources))
+        return _shape(source.name, skeleton, layers, wanted)
     finally:
         source.files.close()
+
+
+def _shape(name: str, skeleton: Any, layers: Sequence[MoeLayer], wanted: HeldExperts) -> ModelShape:
+    shape = model_shape(name, skeleton, with_held_formats(layers, wanted.sources))
+    return replace(shape, reading_bytes=wanted.reading_bytes)
 
 
 def load_model(
@@ -128,12 +133,12 @@ def load_model(
         _check(cancelled)
         wanted = hold_experts(layers, checkpoint.sources, experts)
         checkpoint = replace(checkpoint, sources=wanted.sources)
-        shape = model_shape(source.name, skeleton, with_held_formats(layers, wanted.sources))
+        shape = _shape(source.name, skeleton, layers, wanted)
         dense = DenseWeights(files, checkpoint, dtype, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
         held = with_held_formats(find_moe_layers(model, dtype), wanted.sources)
         reading = wanted.open(files, files.paths, folder, model_name(folder), kept, cancelled)
-        with one_thread_each(reading):
+        with one_thread_each():
             store = ExpertStore(
                 files,
                 wanted.sources,

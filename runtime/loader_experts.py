@@ -14,11 +14,18 @@ from runtime.adapter import MoeLayer
 from runtime.core import ExpertsWish, LoadProgress
 from runtime.errors import ModelFilesError
 from runtime.expert_file_header import LayerExperts, describe_source, file_path
-from runtime.expert_file_making import KeptExperts, LayerForms, Quantiser, quantised_layer
+from runtime.expert_file_making import (
+    KeptExperts,
+    LayerForms,
+    Quantiser,
+    making_bytes,
+    quantised_layer,
+)
 from runtime.formats import FormKind
 from runtime.quantize import form_of, quantise
 from runtime.store import ExpertSource
-from runtime.store_recipes import LayerSource, RecipeSource, TensorFiles
+from runtime.store_loading import LOAD_READERS
+from runtime.store_recipes import LayerSource, RecipeSource, TensorFiles, reading_bytes
 
 _AGAIN_EACH_TIME = (
     "RAM does not hold all experts, and without a file on the disk the others are quantised again"
@@ -39,6 +46,13 @@ class HeldExperts:
     quantiser: Quantiser | None = None
     forms: tuple[LayerForms, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def reading_bytes(self) -> int:
+        """What all readers of experts together need beside their places."""
+        if self.quantiser is not None:
+            return making_bytes(self.forms)
+        return LOAD_READERS * reading_bytes(self.sources)
 
     def open(
         self,
@@ -157,15 +171,12 @@ def finish(
 
 
 @contextmanager
-def one_thread_each(source: ExpertSource) -> Iterator[None]:
-    """Let threads that quantise experts at the same time have one core each.
+def one_thread_each() -> Iterator[None]:
+    """Let threads that unpack or quantise experts at the same time have one core each.
 
     The operations are small: several readers with a core each are faster than one that shares
     every operation between all cores, and many times faster than several that do.
     """
-    if not isinstance(source, KeptExperts) or source.file is not None:
-        yield
-        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -220,7 +220,8 @@ def _fixed_plan(shape: ModelShape, needs: _Needs, profile: HardwareProfile) -> M
     budget_bytes = _used_bytes(shape, needs, needs.kv_tokens.most, needs.prefill_bytes.most)
     if profile.ram_total_bytes > 0:
         free_bytes = profile.ram_free_bytes - ram_reserve(profile.ram_free_bytes)
-        spare_bytes = free_bytes - least_bytes - shape.expert_count * shape.expert_bytes
+        experts_bytes = shape.expert_count * shape.expert_bytes
+        spare_bytes = free_bytes - least_bytes - shape.reading_bytes - experts_bytes
         comfort_bytes = max(spare_bytes, free_bytes * COMFORT_PERCENT // 200, 0)
         budget_bytes = min(budget_bytes, least_bytes + comfort_bytes)
     plan = _divide(budget_bytes, shape, needs)

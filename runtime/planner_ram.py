@@ -29,13 +29,14 @@ def place_in_ram(profile: HardwareProfile, shape: ModelShape, plan: MemoryPlan) 
     """
     count = shape.expert_count
     device_bytes = 0 if profile.device_kind == "cuda" else plan.used_bytes
-    plan = replace(plan, ram_device_bytes=device_bytes)
+    reading_bytes = shape.reading_bytes
+    plan = replace(plan, ram_device_bytes=device_bytes, ram_reading_bytes=reading_bytes)
     if profile.ram_total_bytes <= 0:
         return _with_experts(profile, plan, count, None)
     free_bytes = profile.ram_free_bytes
     reserve_bytes = ram_reserve(free_bytes)
     plan = replace(plan, ram_budget_bytes=free_bytes, ram_reserve_bytes=reserve_bytes)
-    rest_bytes = free_bytes - device_bytes - reserve_bytes
+    rest_bytes = free_bytes - device_bytes - reading_bytes - reserve_bytes
     if rest_bytes >= count * shape.expert_bytes:
         return _with_experts(profile, plan, count, None)
     holds = rest_bytes // shape.expert_bytes - READING_EXPERTS
@@ -68,7 +69,9 @@ def _refusal(
     profile: HardwareProfile, shape: ModelShape, plan: MemoryPlan, least: int
 ) -> MemoryPlanError:
     experts_bytes = (least + READING_EXPERTS) * shape.expert_bytes
-    needed_bytes = plan.ram_device_bytes + plan.ram_reserve_bytes + experts_bytes
+    needed_bytes = (
+        plan.ram_device_bytes + plan.ram_reading_bytes + plan.ram_reserve_bytes + experts_bytes
+    )
     whole = size_text(shape.expert_count * shape.expert_bytes)
     return MemoryPlanError(
         f"{shape.name} needs at least {size_text(needed_bytes)} of memory even if its {whole} of"

@@ -48,8 +48,8 @@ def quantise(matrix: Tensor, form: Form) -> Codes:
     rows, columns = matrix.shape
     width = form.columns or columns
     assert columns % width == 0, (matrix.shape, form)
-    dtype = torch.uint8 if form.kind == "int4" else torch.int8
-    codes = torch.empty((rows, columns), dtype=dtype)
+    # Signed first: torch turns floats into those five times as fast.
+    codes = torch.empty((rows, columns), dtype=torch.int8)
     scales = torch.empty((rows, columns // width))
     zeros = torch.empty((rows, columns // width)) if form.zeros else None
     scale_dtype: torch.dtype = getattr(torch, form.scale_dtype)
@@ -66,7 +66,9 @@ def quantise(matrix: Tensor, form: Form) -> Codes:
             numbers = _nearest(groups, scale, zero, form.kind)
             zeros[piece] = zero.squeeze(2)
         scales[piece] = scale.squeeze(2)
-        codes[piece] = (numbers + (8 if form.kind == "int4" else 0)).flatten(1).to(dtype)
+        codes[piece] = numbers.flatten(1)
+    if form.kind == "int4":
+        codes = codes.view(torch.uint8).add_(8)
     return Codes(form, codes, scales, zeros)
 
 
@@ -75,8 +77,8 @@ def _limits(kind: FormKind) -> tuple[int, int]:
 
 
 def _nearest(groups: Tensor, scale: Tensor, zero: Tensor | None, kind: FormKind) -> Tensor:
-    centred = groups if zero is None else groups - zero
-    return (centred / scale).round_().clamp_(*_limits(kind))
+    numbers = groups / scale if zero is None else (groups - zero).div_(scale)
+    return numbers.round_().clamp_(*_limits(kind))
 
 
 def _symmetric(groups: Tensor, kind: FormKind, dtype: torch.dtype) -> Tensor:
@@ -85,17 +87,21 @@ def _symmetric(groups: Tensor, kind: FormKind, dtype: torch.dtype) -> Tensor:
 
 
 def _range(groups: Tensor, kind: FormKind, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    low, high = groups.aminmax(dim=2, keepdim=True)
+    # `aminmax` along an axis takes ten times as long as both of them.
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     least, most = _limits(kind)
     scale = ((high - low) / (most - least)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
     return scale, ((low + high - scale * (least + most)) / 2).to(dtype).float()
 
 
 def _fitted(groups: Tensor, numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the scale and zero with the least squared error for `numbers`; scale 0: all equal."""
+    """Return the scale and zero with the least squared error for `numbers`; scale 0: all equal.
+
+    Nothing is left of `numbers`.
+    """
     middle, mean = numbers.mean(2, keepdim=True), groups.mean(2, keepdim=True)
-    apart = numbers - middle
+    apart = numbers.sub_(middle)
     spread = apart.square().sum(2, keepdim=True)
-    scale = (apart * groups).sum(2, keepdim=True) / spread.clamp(min=_SMALLEST_SCALE)
+    scale = apart.mul_(groups).sum(2, keepdim=True) / spread.clamp(min=_SMALLEST_SCALE)
     scale = scale.to(dtype).float()
     return scale, (mean - scale * middle).to(dtype).float()

@@ -7,7 +7,7 @@ Shapes are checked here; nothing is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -137,6 +137,8 @@ class _Folding:
         else:
             inputs *= per_word
         groups = self._groups(weight, inputs, scheme)
+        if inputs % 8:
+            _wrong(weight, f"has {inputs} inputs, which is no multiple of 8")
         if scales.shape != (groups, outputs):
             _wrong(scales, f"has the shape {scales.shape} instead of {(groups, outputs)}")
         if outputs % per_word or zeros.shape != (groups, outputs // per_word):
@@ -198,7 +200,7 @@ class _Folding:
         shape: Sequence[int],
         form: Form,
         sources: Sequence[TensorEntry],
-        unpack: Callable[..., Codes],
+        unpack: Callable[..., Iterable[Codes]],
     ) -> None:
         if name in self._tensors and self._tensors[name] is not sources[0]:
             _wrong(sources[0], f"is there beside {name}")
@@ -260,7 +262,7 @@ def _int_form(scheme: Scheme) -> Form:
     return Form("int4" if scheme.bits == 4 else "int8", 1, scheme.columns, scheme.zeros)
 
 
-def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Codes:
+def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Iterable[Codes]:
     weight, scales, zeros, *order = typed
     inputs = scales.shape[0] * form.columns if form.columns else 0
     for groups in order:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ class QuantisedTensor:
     """One quantised weight: `shape` is (outputs, inputs), or (experts, outputs, inputs).
 
     `sources` are the tensors that make it up; `unpack` turns those of one matrix, typed and
-    shaped, into its codes.
+    shaped, into its codes, a few rows at a time where something has to be made of them.
     """
 
     name: str
     shape: tuple[int, ...]
     form: Form
     sources: tuple[TensorEntry, ...]
-    unpack: Callable[..., Codes]
+    unpack: Callable[..., Iterable[Codes]]
 
     @property
     def size_bytes(self) -> int:
@@ -44,8 +44,11 @@ class QuantisedTensor:
             for source, size in zip(self.sources, sizes, strict=True)
         )
 
-    def codes(self, raw: Sequence[Tensor]) -> Codes:
-        """Return the codes of one matrix from the raw bytes that `inputs` names."""
+    def codes(self, raw: Sequence[Tensor]) -> Iterable[Codes]:
+        """Return the codes of one matrix, rows below each other, from what `inputs` names.
+
+        They may be views of `raw`.
+        """
         fused = len(self.shape) == 3
         typed = []
         for source, data in zip(self.sources, raw, strict=True):
@@ -55,17 +58,24 @@ class QuantisedTensor:
 
     def dequantised(self, raw: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the plain matrix, computed some rows at a time to save memory."""
-        codes = self.codes(raw)
-        outputs, columns = codes.codes.shape
-        step = max(1, _DEQUANTISE_ITEMS // columns // codes.form.rows) * codes.form.rows
-        result = torch.empty((outputs, columns), dtype=dtype)
-        for begin in range(0, outputs, step):
-            blocks = slice(begin // codes.form.rows, -(-(begin + step) // codes.form.rows))
-            zeros = None if codes.zeros is None else codes.zeros[blocks]
-            some = codes.codes[begin : begin + step]
-            part = Codes(codes.form, some, codes.scales[blocks], zeros)
-            result[begin : begin + step] = dequantise(part, dtype)
+        result = torch.empty(self.shape, dtype=dtype)
+        begin = 0
+        for codes in self.codes(raw):
+            for some in _in_pieces(codes, self.shape[1]):
+                rows = dequantise(some, dtype)
+                result[begin : begin + len(rows)] = rows
+                begin += len(rows)
         return result
+
+
+def _in_pieces(codes: Codes, columns: int) -> Iterator[Codes]:
+    height = codes.form.rows
+    step = max(1, _DEQUANTISE_ITEMS // columns // height) * height
+    for begin in range(0, len(codes.codes), step):
+        blocks = slice(begin // height, -(-(begin + step) // height))
+        zeros = None if codes.zeros is None else codes.zeros[blocks]
+        some = codes.codes[begin : begin + step]
+        yield replace(codes, codes=some, scales=codes.scales[blocks], zeros=zeros)
 
 
 TensorTable = Mapping[str, TensorEntry | QuantisedTensor]

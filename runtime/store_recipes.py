@@ -7,9 +7,10 @@ place; only a foreign dtype or order of axes takes a detour.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from runtime.core import ExpertId
 from runtime.errors import CancelledError
-from runtime.formats import DTYPE_BYTES, ExpertFormat, Matrix, Part
+from runtime.formats import ALIGNMENT_BYTES, DTYPE_BYTES, ExpertFormat, Matrix, Part
 from runtime.kernels import views
 from runtime.safetensors_files import TensorEntry
 from runtime.weight_forms import Codes, encode
 
-_SCRATCH_ITEMS = 2**20
-RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8"}
+_SCRATCH_ITEMS = 2**18
+_UNPACKING_BYTES = 2 * 2**20
+"""What unpacking a few rows makes on the way, in one thread."""
+RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8", "I8": "uint8"}
 """As what a part holds numbers of these stored dtypes, which mean nothing without their scales."""
 
 
@@ -50,14 +53,16 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Encoding:
-    """A quantised matrix with all its parts, unpacked from raw bytes of the files.
+    """Rows of a quantised matrix with all its parts, unpacked from raw bytes of the files.
 
-    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), to keep.
+    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), not to keep.
+    `unpack` gives rows below each other, from row `first` of the matrix on, as `encode` takes them.
     """
 
     matrix: Matrix
     inputs: tuple[tuple[str, int, int], ...]
-    unpack: Callable[[Sequence[Tensor]], Codes]
+    unpack: Callable[[Sequence[Tensor]], Iterable[Codes]]
+    first: int = 0
 
 
 Recipe = tuple[Piece | Conversion | Encoding, ...]
@@ -137,7 +142,7 @@ class RecipeSource:
             if self.stop():
                 raise CancelledError("Loading was stopped.")
             if isinstance(step, Encoding):
-                encode(step.unpack(self._raw(step)), step.matrix, views(target, layer.format))
+                self._encode(views(target, layer.format), step)
                 continue
             part = parts[step.part]
             raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
@@ -162,12 +167,17 @@ class RecipeSource:
             items = min(_SCRATCH_ITEMS, piece.items - begin)
             place[begin : begin + items] = self._read(entry, piece.first + begin, items)
 
-    def _raw(self, step: Encoding) -> list[Tensor]:
-        inputs = []
-        for name, first, size in step.inputs:
-            inputs.append(torch.empty(size, dtype=torch.uint8))
-            self._files.read_into(name, first, bytes_in(inputs[-1]))
-        return inputs
+    def _encode(self, parts: Mapping[str, Tensor], step: Encoding) -> None:
+        sizes = [size for _, _, size in step.inputs]
+        ends = list(itertools.accumulate(sizes, lambda end, size: _aligned(end) + size))
+        scratch = self._scratch(ends[-1])
+        raw = [scratch[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        for (name, first, _), data in zip(step.inputs, raw, strict=True):
+            self._files.read_into(name, first, bytes_in(data))
+        first = step.first
+        for codes in step.unpack(raw):
+            encode(codes, step.matrix, parts, first)
+            first += len(codes.codes)
 
     def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
         inputs = []
@@ -183,18 +193,40 @@ class RecipeSource:
         """Return items of a tensor as they are stored; valid until this thread's next call."""
         assert entry.dtype is not None, entry
         dtype: torch.dtype = getattr(torch, entry.dtype)
-        scratch: Tensor | None = getattr(self._own, "scratch", None)
-        if scratch is None or scratch.numel() < items * dtype.itemsize:
-            scratch = self._own.scratch = torch.empty(items * dtype.itemsize, dtype=torch.uint8)
-        raw = scratch[: items * dtype.itemsize]
+        raw = self._scratch(items * dtype.itemsize)
         self._files.read_into(entry.name, first * dtype.itemsize, bytes_in(raw))
         return raw.view(dtype)
+
+    def _scratch(self, size_bytes: int) -> Tensor:
+        """Return this thread's own memory: the same at every call, as new pages cost time."""
+        scratch: Tensor | None = getattr(self._own, "scratch", None)
+        if scratch is None or scratch.numel() < size_bytes:
+            scratch = self._own.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+        return scratch[:size_bytes]
+
+
+def reading_bytes(layers: Sequence[LayerSource]) -> int:
+    """Return what one thread needs that reads experts of `layers`, beside their places.
+
+    What goes straight to its place needs nothing, and conversions of a family's own are not
+    counted.
+    """
+    largest = 0
+    for layer in layers:
+        steps = [step for step in layer.recipes[0] if isinstance(step, Encoding)]
+        sizes = [sum(_aligned(size) for _, _, size in step.inputs) for step in steps]
+        largest = max(largest, *sizes) if sizes else largest
+    return largest + _UNPACKING_BYTES if largest else 0
 
 
 def bytes_in(raw: Tensor) -> memoryview:
     """Return the memory of a uint8 CPU tensor, to read into."""
     memory: Any = raw.numpy()
     return memoryview(memory)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _items(entry: TensorEntry) -> int:

@@ -14,21 +14,30 @@ is the low nibble.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.formats import Form, Matrix, ScaleDtype
-from runtime.weight_packing import pack, unpack
+from runtime.weight_packing import LARGEST_BLOCK, pack_into, turned, unpack
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_VALUES = (*_E2M1, *(-value for value in _E2M1))
 MXFP4_COLUMNS = 32
 _E8M0_BIAS = 127
+_E8M0_LEAST_BITS = 0x00400000
+"""2 ** -127 as a float32, which has no exponent of its own for it."""
+_MANTISSA_BITS = 23
 _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
+PIECE_ROWS = LARGEST_BLOCK
+"""Rows of a matrix that is written in pieces begin at a multiple of this."""
+_PIECE_BYTES = 2**18
+"""So much is packed at once: numpy's overhead does not show, and it stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +48,41 @@ class Codes:
     fp8: float8_e4m3fn (N, K), itself. mxfp4: uint8 (N, K) of 0 to 15, an e2m1 number.
     `scales` and `zeros`: float32 (ceil(N / rows), ceil(K / columns)); `zeros` None where the form
     has none.
+
+    `codes` may be a view of a file's bytes with the rows first, (N, ...), as it lies there. Where
+    `apart` is not 0 those hold two codes each: in runs of so many bytes, the low halves and then
+    the high halves.
     """
 
     form: Form
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None = None
+    apart: int = 0
+
+    @property
+    def numbers(self) -> Tensor:
+        """The codes one by one, (N, K)."""
+        if not self.apart:
+            return self.codes.flatten(1)
+        # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
+        words = self.codes.clone(memory_format=torch.contiguous_format)
+        pairs = words.view(torch.uint8).view(len(words), -1, self.apart)
+        if self.apart == 1:
+            wide = pairs.flatten(1).to(torch.int16)
+            return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
+        return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
 
 
 def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Return the matrix (N, K) that `codes` stands for: computed in float32, rounded once."""
     kind = codes.form.kind
     if kind == "mxfp4":
-        values = _mxfp4_values(codes.codes.device)[codes.codes.int()]
+        values = _mxfp4_values(codes.codes.device)[codes.numbers.int()]
     elif kind == "int4":
-        values = codes.codes.float().sub_(8)
+        values = codes.numbers.float().sub_(8)
     else:
-        values = codes.codes.float()
+        values = codes.numbers.float()
     rows, columns = values.shape
     width = codes.form.columns or columns
     if rows % codes.form.rows == 0 and columns % width == 0:
@@ -132,40 +159,37 @@ def parts_of(matrix: Matrix) -> list[tuple[str, tuple[int, ...], str]]:
     return parts
 
 
-def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor]) -> None:
+def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int = 0) -> None:
     """Write `codes` into the parts of `matrix`, typed views as `kernels.views` makes them.
 
-    The form of `codes` is that of `matrix` but for `scale_dtype`. Scales of mxfp4 must be powers
-    of two from 2 ** -127 to 2 ** 127.
+    They may be some of its rows, from row `first` on: a multiple of `PIECE_ROWS` and of the form's
+    rows, as their number is where more rows follow. The form of `codes` is that of `matrix` but
+    for `scale_dtype`. Scales of mxfp4 must be powers of two from 2 ** -127 to 2 ** 127.
     """
     form = matrix.form
     assert replace(codes.form, scale_dtype=form.scale_dtype) == form, (codes.form, matrix)
+    assert first % PIECE_ROWS == first % form.rows == 0, (first, matrix)
     numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
+    rows = slice(first, first + len(codes.codes))
     if is_packed(matrix):
-        if form.kind == "int4":
-            numbers.copy_(pack(codes.codes))
-        else:
-            high, low = _planes(codes.codes)
-            numbers[: matrix.shape[0]].copy_(pack(high))
-            numbers[matrix.shape[0] :].copy_(pack(low))
-        if codes.zeros is None:
-            scales.copy_(codes.scales.t())
-        else:
-            scales[..., 0].copy_(codes.scales.t())
-            scales[..., 1].copy_(codes.zeros.t())
+        planes = [numbers[rows]]
+        if form.kind == "int8":
+            # code == 16 * (high - 8) + low, both 0 to 15; the plane of the high ones comes first.
+            planes = [numbers[matrix.shape[0] :][rows], numbers[rows]]
+        _pack_rows(codes, planes)
+        _write_groups(codes, scales[:, rows])
         return
+    blocks = slice(first // form.rows, first // form.rows + len(codes.scales))
     if form.kind in ("int4", "mxfp4"):
-        numbers.copy_(_paired(codes.codes))
+        numbers[rows] = _paired(codes)
     else:
-        numbers.copy_(codes.codes)
+        numbers[rows] = codes.numbers
     if form.kind == "mxfp4":
-        fraction, exponent = torch.frexp(codes.scales)
-        assert bool((fraction == 0.5).all()), "a scale of mxfp4 is no power of two"
-        scales.copy_(exponent - 1 + _E8M0_BIAS)
+        scales[blocks] = _exponents(codes.scales)
     else:
-        scales.copy_(codes.scales)
+        scales[blocks] = codes.scales
     if codes.zeros is not None:
-        parts[f"{matrix.name}.zeros"].copy_(codes.zeros)
+        parts[f"{matrix.name}.zeros"][blocks] = codes.zeros
 
 
 def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
@@ -193,13 +217,72 @@ def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
     return Codes(form, numbers, scales.float(), zeros)
 
 
-def _planes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Split int8 codes so that code == 16 * (high - 8) + low, both 0 to 15."""
-    shifted = codes.view(torch.uint8) ^ 128
-    return shifted >> 4, shifted & 15
+def _pack_rows(codes: Codes, planes: Sequence[Tensor]) -> None:
+    """Pack a few rows at a time: what is made of them on the way stays in the processor's cache."""
+    row_bytes = codes.codes[:1].nbytes
+    step = max(PIECE_ROWS, _PIECE_BYTES // row_bytes // PIECE_ROWS * PIECE_ROWS)
+    for begin in range(0, len(codes.codes), step):
+        rows = slice(begin, begin + step)
+        numbers = _bytes_of(codes.codes[rows])
+        if codes.form.kind == "int8":
+            numbers = numbers ^ np.uint8(128)
+        pack_into(numbers, [plane[rows] for plane in planes], codes.apart)
 
 
-def _paired(codes: Tensor) -> Tensor:
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+def _write_groups(codes: Codes, scales: Tensor) -> None:
+    """Write scales, and zeros beside them, into (groups, N) or (groups, N, 2)."""
+    wide = codes.scales.to(scales.dtype)
+    if codes.zeros is None:
+        scales.copy_(wide.t())
+        return
+    # A scale and its zero move as one number.
+    half, whole = (torch.int32, torch.int64) if wide.itemsize == 4 else (torch.int16, torch.int32)
+    each = [tensor.view(half).numpy() for tensor in (wide, codes.zeros.to(scales.dtype))]
+    both = torch.from_numpy(np.stack(each, 2)).view(whole)
+    scales.view(whole).squeeze(2).copy_(both.squeeze(2).t())
+
+
+def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of each row, (N, bytes), one after another in memory."""
+    array = rows.numpy()
+    if array.ndim == 3:
+        # Runs of bytes with something else in between: copied as wholes, not byte by byte.
+        array = array.view(f"V{array.shape[2] * array.itemsize}").squeeze(2)
+    elif array.strides[1] != array.itemsize == 4:
+        array = turned(array.view(np.uint32).T)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(len(array), -1)
+
+
+def _paired(codes: Codes) -> Tensor:
+    """Return (N, ceil(K / 2)) bytes of two neighbouring codes each, the first one low."""
+    if codes.apart == 1:
+        return torch.from_numpy(_bytes_of(codes.codes))
+    if codes.apart % 8 == 0 and codes.apart:
+        pairs = _bytes_of(codes.codes).view(np.uint16)
+        halves = (pairs & np.uint16(0x0F0F), pairs >> np.uint16(4) & np.uint16(0x0F0F))
+        # Of each two bytes that hold one code the codes meet in the first.
+        each = [(half | half >> np.uint16(4)).astype(np.uint8) for half in halves]
+        runs = [half.view(f"V{codes.apart // 2}") for half in each]
+        return torch.from_numpy(np.stack(runs, 2).view(np.uint8).reshape(len(pairs), -1))
+    numbers = codes.numbers
+    if numbers.shape[1] % 2:
+        numbers = torch.nn.functional.pad(numbers, (0, 1))
+    return numbers[:, 0::2] | (numbers[:, 1::2] << 4)
+
+
+def _exponents(scales: Tensor) -> Tensor:
+    """Return powers of two, float32, as mxfp4 holds them: uint8, 127 for 1."""
+    bits = scales.contiguous().view(torch.int32)
+    exponents = bits >> _MANTISSA_BITS
+    powers = (exponents << _MANTISSA_BITS == bits) & (exponents > 0) & (exponents < 255)
+    assert bool((powers | (bits == _E8M0_LEAST_BITS)).all()), "a scale of mxfp4 is no power of two"
+    return exponents.to(torch.uint8)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """Return what uint8 `exponents` stand for as scales of mxfp4, float32.
+
+    255 is no number, and the next power of two takes its place.
+    """
+    bits = exponents.clamp(max=254).int() << _MANTISSA_BITS
+    return bits.masked_fill_(exponents == 0, _E8M0_LEAST_BITS).view(torch.float32)

@@ -238,7 +238,6 @@ FP8_CONFIG = {
     "weight_block_size": [16, 16],
 }
 FLOAT = {"num_bits": 8, "type": "float"}
-
 FILE_FORMATS: dict[str, FileFormat] = {
     "fp8 blocks": FileFormat("qwen3_moe", FP8_CONFIG, fp8_blocks(16, 16)),
     "fp8 blocks, deepseek": FileFormat("deepseek_v3", FP8_CONFIG, fp8_blocks(16, 16)),
@@ -319,6 +318,30 @@ FILE_FORMATS: dict[str, FileFormat] = {
         {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
         mxfp4,
         sizes={"hidden_size": 64, "intermediate_size": 32},
+    ),
+}
+
+
+_WHOLE_BLOCKS = {"hidden_size": 64, "moe_intermediate_size": 128}
+# Held as torch's four-bit op wants them, gate and up in whole blocks of its rows.
+PACKED_FORMATS: dict[str, FileFormat] = {
+    "awq, whole blocks": FileFormat(
+        "qwen3_moe", AWQ_CONFIG | {"group_size": 32}, awq(32), "float16", _WHOLE_BLOCKS
+    ),
+    "gptq, whole blocks": FileFormat(
+        "qwen3_moe", gptq_config(group_size=32), gptq(32), "float16", _WHOLE_BLOCKS
+    ),
+    "int4 groups, whole blocks": FileFormat(
+        "qwen3_moe",
+        compressed("pack-quantized", group_size=32),
+        pack_quantized(32),
+        sizes=_WHOLE_BLOCKS,
+    ),
+    "int8 groups, whole blocks": FileFormat(
+        "qwen3_moe",
+        compressed("pack-quantized", group_size=32, num_bits=8),
+        pack_quantized(32, bits=8),
+        sizes=_WHOLE_BLOCKS,
     ),
 }
 

@@ -13,7 +13,7 @@ from transformers.integrations.gguf import dequant
 
 from runtime import gguf_blocks
 from runtime.formats import Matrix, lay_out
-from runtime.gguf_blocks import FORMS, common_form, numbers_of, stacked, unpack, widened
+from runtime.gguf_blocks import FORMS, common_form, numbers_of, pieces, stacked, unpack, widened
 from runtime.kernels import views
 from runtime.weight_forms import dequantise, encode, held, parts_of
 from tests.gguf_writer import QUANTISED, TYPES, random_blocks
@@ -84,7 +84,7 @@ _ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_all_numbers_are_those_of_the_file(kind: str) -> None:
     for raw in (raw_of(kind), raw_of(kind, 1)):
         codes = unpack(kind, raw, COLUMNS)
-        assert codes.codes.shape == (ROWS, COLUMNS)
+        assert codes.numbers.shape == (ROWS, COLUMNS)
         numbers = dequantise(codes, torch.float32)
         assert 0.01 < numbers.std() < 0.1
         assert torch.equal(numbers, expected(kind, raw))
@@ -148,18 +148,12 @@ def test_no_type_needs_a_wider_form_than_its_own() -> None:
 
 
 def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = raw_of("Q5_K")
-    whole = numbers_of("Q5_K", raw, COLUMNS, torch.bfloat16)
-    sizes = []
-
-    def watched(kind: str, raw: Tensor, columns: int) -> gguf_blocks.Codes:
-        sizes.append(raw.numel())
-        return unpack(kind, raw, columns)
-
-    monkeypatch.setattr(gguf_blocks, "unpack", watched)
-    monkeypatch.setattr(gguf_blocks, "_ROWS_ITEMS", 2 * COLUMNS)
-    assert torch.equal(numbers_of("Q5_K", raw, COLUMNS, torch.bfloat16), whole)
-    assert len(sizes) == 3
+    blocks = random_blocks("Q5_K", (150, 256), torch.Generator().manual_seed(0))
+    raw = torch.frombuffer(bytearray(blocks.content), dtype=torch.uint8)
+    whole = numbers_of("Q5_K", raw, 256, torch.bfloat16)
+    monkeypatch.setattr(gguf_blocks, "_PIECE_ITEMS", 100)
+    assert [len(codes.codes) for codes in pieces("Q5_K", raw, 256)] == [64, 64, 22]
+    assert torch.equal(numbers_of("Q5_K", raw, 256, torch.bfloat16), whole)
 
 
 def test_a_scale_that_is_no_number_becomes_the_next_power_of_two() -> None:

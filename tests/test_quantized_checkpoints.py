@@ -33,7 +33,7 @@ from runtime.quantized_schemes import quantisation_from
 from runtime.quantized_tensors import QuantisedTensor
 from runtime.safetensors_files import SafetensorsFiles, TensorEntry
 from runtime.store_recipes import RecipeSource, bytes_in
-from runtime.weight_forms import dequantise, held
+from runtime.weight_forms import dequantise, held, is_packed
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
 from tests.families import make_checkpoint
 from tests.family_table import note
@@ -41,6 +41,7 @@ from tests.machines import emulated_profile
 from tests.quantized_files import (
     FILE_FORMATS,
     FLOAT,
+    PACKED_FORMATS,
     compressed,
     fp8_rows,
     pack_quantized,
@@ -203,6 +204,16 @@ def test_weights_and_logits_are_those_of_the_plain_model(name: str, tmp_path: Pa
     stock = reference.get_submodule(loaded.layers[0].name)
     plain_bytes = sum(weight[0].nbytes for weight in stock.parameters())
     assert loaded.shape.expert_bytes < 0.5 * plain_bytes
+
+
+@pytest.mark.parametrize("name", PACKED_FORMATS)
+def test_experts_that_are_packed_anew_keep_every_number(name: str, tmp_path: Path) -> None:
+    folder, plain = tmp_path / "quantised", tmp_path / "plain"
+    config = write_quantised(PACKED_FORMATS[name], folder, plain)
+    loaded = load(folder, dtype=torch.float32)
+    for layer in loaded.layers:
+        assert all(is_packed(matrix) for matrix in layer.format.matrices)
+    compare_experts(loaded, load_reference(plain, config))
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ def child() -> None:
         "experts": task["experts"],
         "load_s": load_s,
         "peak_bytes": peak_bytes() - before_bytes,
-        "planned_bytes": parts.plan.ram_device_bytes + parts.plan.ram_experts_bytes,
+        "planned_bytes": parts.plan.ram_device_bytes
+        + parts.plan.ram_reading_bytes
+        + parts.plan.ram_experts_bytes,
         "expert_count": parts.shape.expert_count,
         "plan": asdict(parts.plan),
         "stats": stats,

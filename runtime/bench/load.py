@@ -1,168 +1,174 @@
 """`bench load`: loading beside a plain read of the same bytes, peak memory beside the plan.
 
-The page cache is hot and everything happens in one fresh process, in turns. A plain read into new
-memory pays for its pages as loading does; one into a reused buffer shows the page cache's own rate.
+For every kind of file: the experts of each are random and lie in it as its own tools write them.
+The page cache is hot and everything happens in one fresh process, in turns, all of it into memory
+that has been touched before: what the system asks for new pages depends on who gave them back.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.core import LoadProgress
+from runtime.core import ExpertsWish, LoadProgress
 
-LAYERS, EXPERTS, HIDDEN, INNER = 4, 64, 1024, 512
-HEAD_DIM, VOCABULARY = 128, 256
-ROUNDS = 3
+ROUNDS = 7
 PIECE_BYTES = 2**25
 CANCEL_AT = 0.3
 
 
+@dataclass(frozen=True)
+class Case:
+    """A kind of file, and what its experts become; `kept` reads those that an earlier load made."""
+
+    name: str
+    stored: str
+    experts: ExpertsWish = "as stored"
+    kept: bool = False
+
+
+CASES = (
+    Case("bf16", "bf16"),
+    Case("fp8", "fp8"),
+    Case("mxfp4", "mxfp4"),
+    Case("awq", "awq"),
+    Case("gptq", "gptq"),
+    Case("compressed-tensors int4", "compressed"),
+    Case("gguf Q4_0", "Q4_0"),
+    Case("gguf Q4_K", "Q4_K"),
+    Case("gguf Q8_0", "Q8_0"),
+    Case("bf16 to int8", "bf16", "int8"),
+    Case("bf16 to int4", "bf16", "int4"),
+    Case("kept int4", "bf16", "int4", kept=True),
+)
+
+
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write a checkpoint with random weights, load it a few times, and set the figures in line."""
+    """Write a model in each format, load it a few times, and set the figures in line."""
+    from runtime.bench.load_files import EXPERTS, LAYERS
+
+    cases = []
+    for case in CASES:
+        say(f"{case.name}\n")
+        cases += measure([case], ROUNDS, options.layers or LAYERS, EXPERTS)
+    return {"rounds": ROUNDS, "cases": cases}
+
+
+def measure(
+    cases: Sequence[Case], rounds: int, layers: int, experts: int, setup: str = ""
+) -> list[dict[str, Any]]:
+    """Load a model of each case in one process of its own; times are ratios of the shortest ones.
+
+    Without rounds only memory is measured. `setup` is a statement that the process executes first.
+    """
+    from runtime.bench.load_files import write_model
+
     with tempfile.TemporaryDirectory() as folder:
-        say(f"Writing a checkpoint of {LAYERS} layers\n")
-        write_checkpoint(Path(folder))
-        say("Loading it\n")
-        return measure(Path(folder), ROUNDS)
-
-
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Load the model in `folder` in a process of its own; times are ratios of medians."""
-    task = json.dumps([str(folder), rounds])
-    code = "from runtime.bench.load import child; child()"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], input=task, stdout=subprocess.PIPE, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(ran.stdout.rpartition("RESULT ")[2])
-    return result
+        tasks = []
+        for number, case in enumerate(cases):
+            paths = []
+            # The first one warms up what a process does once.
+            for name, size in (("small", (1, 4)), ("whole", (layers, experts))):
+                place = Path(folder) / f"{number}-{name}"
+                place.mkdir()
+                paths.append(str(write_model(place, case.stored, *size)))
+            tasks.append([asdict(case), *paths, str(Path(folder) / f"{number}-kept"), rounds])
+        code = f"{setup}\nfrom runtime.bench.load import child; child()"
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(tasks),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    results: list[dict[str, Any]] = json.loads(ran.stdout.rpartition("RESULT ")[2])
+    return results
 
 
 def tell(result: dict[str, Any]) -> str:
     """Put the result into words."""
-    return (
-        f"{result['read_bytes'] / 1e6:.0f} MB from a hot page cache, {result['rounds']} turns:\n"
-        f"  the whole load takes {result['load_to_new_memory']:.2f} times a plain read into new"
-        f" memory ({result['load_to_reused_buffer']:.2f} times one into a reused buffer)\n"
-        f"  its experts alone take {result['experts_to_new_memory']:.2f} times a plain read of"
-        " theirs\n"
-        f"  peak memory is {result['peak_to_plan']:.3f} of the plan\n"
-        f"  a cancelled load ends after {result['cancel_s']:.2f} s and leaves"
-        f" {result['left_bytes'] / 1e6:+.0f} MB\n"
-    )
-
-
-def write_checkpoint(folder: Path, layers: int = LAYERS, experts: int = EXPERTS) -> None:
-    """Write a Qwen3 MoE with random weights in bfloat16, in the hub's format."""
-    import torch
-    from safetensors.torch import save_file
-
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "torch_dtype": "bfloat16",
-        "num_hidden_layers": layers,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "moe_intermediate_size": INNER,
-        "num_experts": experts,
-        "num_experts_per_tok": 4,
-        "num_attention_heads": HIDDEN // HEAD_DIM,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(torch.bfloat16)
-
-    tensors = {
-        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
-        "model.norm.weight": random(HIDDEN),
-    }
-    for number in range(layers):
-        layer = f"model.layers.{number}."
-        for name in ("q_proj", "o_proj"):
-            tensors[f"{layer}self_attn.{name}.weight"] = random(HIDDEN, HIDDEN)
-        for name in ("k_proj", "v_proj"):
-            tensors[f"{layer}self_attn.{name}.weight"] = random(2 * HEAD_DIM, HIDDEN)
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{layer}self_attn.{name}.weight"] = random(HEAD_DIM)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{layer}{name}.weight"] = random(HIDDEN)
-        tensors[f"{layer}mlp.gate.weight"] = random(experts, HIDDEN)
-        for expert in range(experts):
-            place = f"{layer}mlp.experts.{expert}."
-            tensors[f"{place}gate_proj.weight"] = random(INNER, HIDDEN)
-            tensors[f"{place}up_proj.weight"] = random(INNER, HIDDEN)
-            tensors[f"{place}down_proj.weight"] = random(HIDDEN, INNER)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    lines = [
+        f"From a hot page cache, shortest of {result['rounds']} turns:",
+        f"{'':24}{'file':>8}{'time':>7}{'CPU':>7}{'peak':>7}{'bare':>7}{'cancelled':>11}{'left':>9}",
+    ]
+    for case in result["cases"]:
+        lines.append(
+            f"{case['name']:24}{case['read_bytes'] / 1e6:5.0f} MB{case['experts_to_read']:7.2f}"
+            f"{case['cpu_to_read']:7.2f}{case['peak_to_plan']:7.3f}{case['peak_to_weights']:7.3f}"
+            f"{case['cancel_s']:9.2f} s{case['left_bytes'] / 1e6:+6.0f} MB"
+        )
+    lines += [
+        "time, CPU: reading the experts over one thread's plain read of the same bytes, by the",
+        "clock and by what all its threads compute; peak: the most memory of the whole load over",
+        "the plan; bare: over the weights alone, without what the plan gives to those who read;",
+        "left: what a cancelled load leaves behind.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def child() -> None:
-    """Measure the folder named on standard input; write one line that begins with RESULT."""
+    """Measure what standard input names; write one line that begins with RESULT."""
+    results = [_measured(Case(**told), *rest) for told, *rest in json.load(sys.stdin)]
+    sys.stdout.write("RESULT " + json.dumps(results) + "\n")
+
+
+def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -> dict[str, Any]:
     import psutil
     import torch
 
+    from runtime.device_host_memory import host_memory
     from runtime.errors import CancelledError
     from runtime.loader import load_model
+    from runtime.store_recipes import bytes_in
 
-    name, rounds = json.load(sys.stdin)
-    folder = Path(name)
+    kept = Path(kept_name)
     torch.set_num_threads(1)
-    process = psutil.Process()
 
     def load(
+        path: str = whole,
         cancelled: Callable[[], bool] = lambda: False,
         progress: Callable[[LoadProgress], None] = lambda step: None,
+        allocate: Callable[[int], Any] = host_memory,
     ) -> Any:
+        if not case.kept:
+            shutil.rmtree(kept, ignore_errors=True)
         return load_model(
-            folder,
+            Path(path),
             torch_device=torch.device("cpu"),
-            dtype=None,
-            allocate_host=lambda size: torch.empty(size, dtype=torch.uint8),
+            dtype=torch.bfloat16,
+            allocate_host=allocate,
             progress=progress,
             cancelled=cancelled,
+            experts=case.experts,
+            kept=kept,
         )
 
-    files = sorted(folder.glob("*.safetensors"))
-    read_bytes = sum(path.stat().st_size for path in files)
-    load().store.close()  # imports, tables and the page cache are warm from here on
-    gc.collect()
-    turns: dict[str, list[float]] = {"load": [], "experts": [], "new": [], "reused": [], "peak": []}
-    for _ in range(rounds):
-        turns["reused"].append(_plain_read_s(files, bytearray(PIECE_BYTES)))
-        turns["new"].append(_plain_read_s(files, None))
-        before_bytes = _peak_bytes(reset=True)
-        stamps: list[float] = []
-        began_s = time.perf_counter()
-        loaded = load(progress=partial(_stamp_experts, stamps))
-        turns["load"].append(time.perf_counter() - began_s)
-        turns["experts"].append(stamps[-1] - stamps[0])
-        plan_bytes = loaded.store.ram_bytes + loaded.shape.dense_bytes
-        turns["peak"].append((_peak_bytes(reset=False) - before_bytes) / plan_bytes)
-        expert_share = loaded.store.ram_bytes / read_bytes
-        loaded.store.close()
-        del loaded
-        gc.collect()
+    if case.kept:
+        load().store.close()
+    load(small).store.close()
+    _give_back()
+    before_bytes = _peak_bytes(reset=True)
+    loaded = load()
+    peak_bytes = _peak_bytes(reset=False) - before_bytes
+    store_bytes, dense_bytes = loaded.store.ram_bytes, loaded.shape.dense_bytes
+    planned_bytes = store_bytes + dense_bytes + loaded.shape.reading_bytes
+    loaded.store.close()
+    del loaded
+
     asked = threading.Event()
     cancelled_at_s: list[float] = []
 
@@ -172,47 +178,84 @@ def child() -> None:
                 cancelled_at_s.append(time.perf_counter())
             asked.set()
 
-    before_bytes = process.memory_info().rss
+    _give_back()
+    before_bytes = psutil.Process().memory_info().rss
     try:
-        load(asked.is_set, watch)
+        load(whole, asked.is_set, watch)
     except CancelledError:
         pass
     cancel_s = time.perf_counter() - cancelled_at_s[0]
     gc.collect()
-    left_bytes = process.memory_info().rss - before_bytes
-    middle = {name: statistics.median(values) for name, values in turns.items()}
+    left_bytes = psutil.Process().memory_info().rss - before_bytes
+
+    files = _files_of(Path(whole), kept if case.kept else None)
+    read_bytes = sum(path.stat().st_size for path in files)
     result = {
-        "rounds": rounds,
+        "name": case.name,
         "read_bytes": read_bytes,
-        "load_to_new_memory": middle["load"] / middle["new"],
-        "load_to_reused_buffer": middle["load"] / middle["reused"],
-        "experts_to_new_memory": middle["experts"] / (middle["new"] * expert_share),
-        "peak_to_plan": max(turns["peak"]),
-        "planned_bytes": plan_bytes,
+        "weights_bytes": store_bytes + dense_bytes,
+        "planned_bytes": planned_bytes,
+        "peak_to_plan": peak_bytes / planned_bytes,
+        "peak_to_weights": peak_bytes / (store_bytes + dense_bytes),
         "cancel_s": cancel_s,
         "left_bytes": left_bytes,
     }
-    sys.stdout.write("RESULT " + json.dumps(result) + "\n")
+    if not rounds:
+        return result
+    arena = host_memory(max(read_bytes, store_bytes))
+    arena.fill_(1)
+    reads, loads, cpu = [], [], []
+    for _ in range(rounds):
+        reads.append(_plain_read_s(files, bytes_in(arena)))
+        stamps: list[tuple[float, float]] = []
+        load(progress=partial(_stamp_experts, stamps), allocate=_Arena(arena).block).store.close()
+        loads.append(stamps[-1][0] - stamps[0][0])
+        cpu.append(stamps[-1][1] - stamps[0][1])
+    # Kept experts lie in a file of their own; others beside the dense weights.
+    read_s = min(reads) * (1.0 if case.kept else 1 - dense_bytes / read_bytes)
+    return {**result, "experts_to_read": min(loads) / read_s, "cpu_to_read": min(cpu) / read_s}
 
 
-def _stamp_experts(stamps: list[float], step: LoadProgress) -> None:
+class _Arena:
+    """Gives out memory that has been touched before, block after block."""
+
+    def __init__(self, memory: Any) -> None:
+        self._left = memory
+
+    def block(self, size_bytes: int) -> Any:
+        block, self._left = self._left[:size_bytes], self._left[size_bytes:]
+        return block
+
+
+def _stamp_experts(stamps: list[tuple[float, float]], step: LoadProgress) -> None:
     if "experts" in step.text:
-        stamps.append(time.perf_counter())
+        stamps.append((time.perf_counter(), time.process_time()))
 
 
-def _plain_read_s(files: list[Path], buffer: bytearray | None) -> float:
-    """Return how long reading all files takes: into `buffer`, or into memory never touched."""
-    import numpy as np
+def _files_of(path: Path, kept: Path | None) -> list[Path]:
+    """Return what a load reads: the file itself, a folder's weights, or the experts that were kept.
 
-    size = max(path.stat().st_size for path in files)
+    Of the weights beside kept experts only the dense ones are read, which are few.
+    """
+    if kept is not None:
+        return sorted(file for file in kept.rglob("*") if file.is_file() and file.stat().st_size)
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def _give_back() -> None:
+    """Return what the allocator holds on to, so that a load cannot hide in it."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _plain_read_s(files: list[Path], into: memoryview) -> float:
+    """Return how long reading all files takes, one after another into `into`."""
     began_s = time.perf_counter()
+    done = 0
     for path in files:
-        into = memoryview(buffer if buffer is not None else np.empty(size, np.uint8).data)
         with open(path, "rb", buffering=0) as file:
-            done = 0
-            while count := file.readinto(
-                into if buffer is not None else into[done : done + PIECE_BYTES]
-            ):
+            while count := file.readinto(into[done : done + PIECE_BYTES]):
                 done += count
     return time.perf_counter() - began_s
 

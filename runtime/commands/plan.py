@@ -103,6 +103,7 @@ def _where(
     rows.append({"place": "RAM", "part": "experts", "bytes": plan.ram_experts_bytes})
     if profile.device_kind == "cuda":
         rows.append({"place": "RAM", "part": "  of them pinned", "bytes": plan.pinned_bytes})
+    rows.append({"place": "RAM", "part": "readers of experts", "bytes": plan.ram_reading_bytes})
     rows.append({"place": "RAM", "part": "left alone", "bytes": plan.ram_reserve_bytes})
     on_disk = (shape.expert_count - held) * shape.expert_bytes
     rows.append({"place": "disk", "part": "experts read when needed", "bytes": on_disk})
