@@ -22,6 +22,8 @@ from runtime.eviction import Eviction
 from runtime.use_counts import HALF_LIVES_TOKENS, SHARES, UseCounts
 
 RAREST = 2.0**-60
+FEW = 3
+"""Up to so many residents find their places one by one; for more all are put in order anew."""
 
 
 class ExpectedNextUse(Eviction):
@@ -84,6 +86,8 @@ class ExpectedNextUse(Eviction):
         here.members.remove(number)
         if number in here.fixed:
             here.fixed.remove(number)
+        elif number in here.loosed:
+            here.loosed.remove(number)
         elif here.sorted:
             here.remove(number)
         self._held -= 1
@@ -93,7 +97,9 @@ class ExpectedNextUse(Eviction):
     def fixed(self, expert: ExpertId) -> None:
         layer, number = expert
         here = self._residents[layer]
-        if here.sorted and number in here.members:
+        if number in here.loosed:
+            here.loosed.remove(number)
+        elif here.sorted and number in here.members:
             here.remove(number)
             self._changed.add(layer)
         here.fixed.add(number)
@@ -102,7 +108,7 @@ class ExpectedNextUse(Eviction):
         layer, number = expert
         here = self._residents[layer]
         here.fixed.remove(number)
-        here.sorted = False  # put in order again if a victim is looked for before its next turn
+        here.loosed.append(number)
         self._changed.add(layer)
 
     def victim(self, may_go: Callable[[ExpertId], bool], now: float, layer: int) -> ExpertId | None:
@@ -139,9 +145,13 @@ class ExpectedNextUse(Eviction):
         from_layer, held = self._seen_from
         for turn in self._changed:
             here = self._residents[turn]
-            if not here.sorted:
+            if not here.sorted or len(here.loosed) > FEW:
                 self.scans += 1
                 here.sort(self.counts.rates(turn))
+            elif here.loosed:
+                for number in here.loosed:
+                    here.insert(number)
+                here.loosed.clear()
             self._passes[turn] = here.passes(0)
             self._crowded[turn] = math.sqrt(max(len(here.members), 1) / fair)
         if held != self._held:
@@ -164,6 +174,8 @@ class _Residents:
     def __init__(self) -> None:
         self.members: set[int] = set()
         self.fixed: set[int] = set()
+        self.loosed: list[int] = []
+        """Who has to find a place in `order` again: looked for when somebody asks."""
         self.order: list[int] = []
         self.sorted = False
         self._rates: list[float] = []
@@ -175,6 +187,7 @@ class _Residents:
         self.order = sorted(self.members - self.fixed)
         self.order.sort(key=self._rates.__getitem__)
         self.sorted = True
+        self.loosed.clear()
 
     def insert(self, number: int) -> None:
         if number >= len(self._rates):

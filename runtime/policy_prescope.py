@@ -11,8 +11,9 @@ displaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from runtime.calibration import Calibration
@@ -31,6 +32,10 @@ KEPT_CANDIDATES = 8
 COMPARE_EVERY = 4
 """In every how manyth layer it is found out who would have to go: that changes little between."""
 NOTHING_ROUTED = Routed(-1, (), (), ())
+NOBODY: Mapping[int, float] = MappingProxyType({})
+MOST_RESTS = 3
+"""Where nothing was worth copying ahead for a while, that is looked at more rarely: at every
+fourth opportunity in the end."""
 NO_MISSES = MissPlan((), ())
 WHENEVER_S = 1e3
 """The deadline of a copy that no layer waits for: behind all that some layer does."""
@@ -78,6 +83,7 @@ class PreScope:
         self._setup = setup
         self._value = SlotValue(self.eviction, setup.experts, self.settings.check)
         self._calibration = Calibration()
+        self._guesses: dict[int, Prediction] = {}
         self._soon: dict[int, dict[int, float]] = {}
         self._averages = Averages()
         self._routed_s = 0.0
@@ -90,9 +96,11 @@ class PreScope:
         self._admitting: ExpertId | None = None
         self._missed: dict[ExpertId, None] = {}
         self._hopes = Hopes(self.settings.check)
+        self._fruitless = self._rests = 0
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
+        self._guesses.clear()
         self._turnover.end_pass()
         self._value.stay_for(self._turnover.stay_passes)
         if not moment.prompt:
@@ -134,6 +142,7 @@ class PreScope:
         self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
     ) -> Sequence[Wish]:
         self._soon.pop(routed.layer, None)
+        self._guesses.pop(routed.layer, None)
         if moment.prompt and not predictions:
             predictions = self._everyone(routed.layer + 1, moment.tokens)
         self._foresee(predictions)
@@ -184,7 +193,7 @@ class PreScope:
     def protects(self, expert: ExpertId) -> bool:
         if not self.settings.protect:
             return False
-        use = self._soon.get(expert.layer, {}).get(expert.expert, 0.0)
+        use = self._expected(expert.layer).get(expert.expert, 0.0)
         return use >= self.settings.protected_from
 
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
@@ -272,9 +281,23 @@ class PreScope:
         farthest = min(self.settings.lookahead, self.look_ahead)
         for prediction in predictions:
             if prediction.distance <= farthest and prediction.layer < self._setup.layers:
-                worth = self._calibration.note(prediction)
-                likeliest_first = sorted(worth, key=worth.__getitem__, reverse=True)
-                self._soon[prediction.layer] = {each: worth[each] for each in likeliest_first}
+                self._guesses[prediction.layer] = prediction
+                self._soon.pop(prediction.layer, None)
+
+    def _expected(self, layer: int) -> Mapping[int, float]:
+        """Return how likely a layer to come will use whom, the likeliest first.
+
+        Worked out when somebody asks: for most layers nobody does.
+        """
+        soon = self._soon.get(layer)
+        if soon is None:
+            prediction = self._guesses.get(layer)
+            if prediction is None:
+                return NOBODY
+            worth = self._calibration.note(prediction)
+            likeliest_first = sorted(worth, key=worth.__getitem__, reverse=True)
+            soon = self._soon[layer] = {each: worth[each] for each in likeliest_first}
+        return soon
 
     def _everyone(self, layer: int, tokens: int) -> tuple[Prediction, ...]:
         """A prompt's chunk needs nearly every expert: guess them all."""
@@ -291,11 +314,14 @@ class PreScope:
         wishes: list[Wish] = []
         if not self.look_ahead or not self.settings.prefetch:
             return wishes
+        if self._rests:
+            self._rests -= 1
+            return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
         holds, slower = self._holds(), self._slower
         kept, margin = self._hopes.kept, self.settings.margin
         for target, deadline_s in ((layer + 1, window.next_s), (layer + 2, window.second_s)):
-            soon = self._soon.get(target)
+            soon = self._expected(target)
             if not soon:
                 continue
             copy_s = self._setup.layer_bytes[target] / self.costs.link_bytes_per_s
@@ -325,6 +351,11 @@ class PreScope:
                     wishes.append(Wish(expert, deadline_s, use))
                     self._hopes.hope(expert, use * in_time)
                     at_s = lands_s
+        if wishes:
+            self._fruitless = 0
+        else:
+            self._fruitless += 1
+            self._rests = min(MOST_RESTS, self._fruitless // 4)
         return wishes
 
     # What is brought in because it will be used again.

@@ -55,6 +55,8 @@ class UseCounts:
                 counts.table *= decay
                 counts.turn = now
         counts.fresh[expert] = weight
+        if weight != 1.0:
+            counts.weighted = True
 
     def rates(self, layer: int) -> list[float]:
         """Return each expert's probability of use per pass; who is beyond the end has none."""
@@ -98,15 +100,18 @@ class UseCounts:
     def _add_up(self, counts: _LayerCounts) -> None:
         if not counts.fresh:
             return
-        numbers = list(counts.fresh)
-        if max(numbers) >= counts.table.shape[1]:
-            counts.make_room(max(numbers))
-        if all(weight == 1.0 for weight in counts.fresh.values()):
-            counts.table[:, numbers] += 1.0
-        else:
+        if max(counts.fresh) >= counts.table.shape[1]:
+            counts.make_room(max(counts.fresh))
+        if counts.weighted:
             weights = [self._per_scale(weight) for weight in counts.fresh.values()]
-            counts.table[:, numbers] += np.stack(weights, axis=1)
+            counts.table[:, list(counts.fresh)] += np.stack(weights, axis=1)
+        else:
+            ones = bytearray(counts.table.shape[1])
+            for expert in counts.fresh:
+                ones[expert] = 1
+            counts.table += np.frombuffer(ones, np.uint8)
         counts.fresh.clear()
+        counts.weighted = False
         counts.read = None
 
     def _per_scale(self, weight: float) -> Floats:
@@ -134,6 +139,7 @@ class _LayerCounts:
         self.turn = 0.0
         self.fresh: dict[int, float] = {}
         """Uses at `turn` that are not in the table yet, by expert: added all at once."""
+        self.weighted = False
         self.read: list[list[float]] | None = None
         """Rates, and uses by horizon, as they were first asked for."""
 

@@ -63,10 +63,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         from runtime.bench.policies_planning import measure_planning
 
         return {"planning": measure_planning(cells, seed), "seed": seed}
-    found = run_cells(cells, partial(run_cell, seed=seed), options.jobs, say)
+    work = partial(run_cell, seed=seed, charge_planning=options.charge_planning)
+    found = run_cells(cells, work, options.jobs, say)
     figures = summary(found)
     result: dict[str, Any] = {
         "seed": seed,
+        "planning_charged": options.charge_planning,
         "cells": rows(found),
         "summary": figures,
         "targets": targets(figures),

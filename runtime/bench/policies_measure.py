@@ -1,8 +1,7 @@
 """One cell of `bench policies`: every policy on the same chats and machine, under virtual time.
 
 Every policy starts with full slots and sees the same passes, of which the first are not measured
-(`policies_chats`). What deciding takes each policy is charged to the host (`assets/bench/planning.json`,
-measured by `bench policies --planning`).
+(`policies_chats`).
 Only a model's first layers are simulated; seconds and bytes are scaled by layers / simulated.
 """
 
@@ -95,15 +94,16 @@ class CellResults:
     results: Mapping[str, Result]
 
 
-def run_cell(cell: Cell, seed: int = 0) -> CellResults:
+def run_cell(cell: Cell, seed: int = 0, charge_planning: bool = False) -> CellResults:
     """Run every policy in a cell, with each of its settings; keep each policy's best.
 
-    `seed` draws the chats.
+    `seed` draws the chats. A machine's `host_layer_s` stands for all that the host does; with
+    `charge_planning` what deciding takes each policy in Python comes on top of it.
 
     Raises:
         BoundError: a policy was faster than the bound.
     """
-    bench = _Bench(cell, seed)
+    bench = _Bench(cell, seed, charge_planning)
     results = {
         name: max((bench.run(name, s) for s in choices), key=lambda result: result.tokens_per_s)
         for name, choices in {**RIVALS, **PRESCOPE}.items()
@@ -128,16 +128,16 @@ def watch_policy(
     cell: Cell, policy: str, watch: Callable[[Residency], None], seed: int = 0
 ) -> Result:
     """Run one policy in a cell after `watch` was given its residency, to see its calls."""
-    return _Bench(cell, seed, charged=False).run(policy, {}, watch)
+    return _Bench(cell, seed).run(policy, {}, watch)
 
 
 class _Bench:
     """One cell's machine, model and chats, on which policies are run one after another."""
 
-    def __init__(self, cell: Cell, seed: int, charged: bool = True) -> None:
+    def __init__(self, cell: Cell, seed: int, charge_planning: bool = False) -> None:
         model, session = MODELS[cell.model], session_of(cell, seed)
         self._cell = cell
-        self._deciding = planning_costs() if charged else {}
+        self._deciding = planning_costs() if charge_planning else {}
         layers = len(session.experts)
         self._session = session
         self._profile: HardwareProfile = cell.machine.profile(

@@ -90,6 +90,10 @@ COMMANDS = {
                 "help": "processes to run at once (default: one per core)",
             },
             "--plot": {"metavar": "FILE", "help": "draw the result into a PNG file"},
+            "--charge-planning": {
+                "action": "store_true",
+                "help": "add what deciding takes in Python to the modelled host's time",
+            },
             "--ablate": {"action": "store_true", "help": "leave out one part at a time instead"},
             "--planning": {"action": "store_true", "help": "how long plans take per layer instead"},
             "--live": {"action": "store_true", "help": "run the default model instead"},
