@@ -53,7 +53,7 @@ def probe(emulated: EmulatedMachine | None) -> HardwareProfile:
         return _measured(card, ram)
     if emulated is not None:
         return emulated_profile(emulated, ram)
-    return cpu_profile(_cpu_name(), ram)
+    return cpu_profile(cpu_name(), ram)
 
 
 def card_present() -> bool:
@@ -141,7 +141,7 @@ def cards_from_nvml(nvml: Any = None) -> list[Card]:
     return cards
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

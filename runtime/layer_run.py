@@ -1,8 +1,8 @@
 """The one order in which a layer's steps are done, whoever does them.
 
 Hits start at once and never wait for a copy; the CPU computes while copies fly; loaded experts are
-computed as they land; what is copied ahead is decided once the device has its work. What RAM does not hold is read from
-disk meanwhile.
+computed as they land; what is copied ahead is decided once the device has its work. What RAM does
+not hold is read from disk meanwhile.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ def simulate(
     there before time begins. `predictor_bytes` are the weights that a predictor reads per layer;
     they are charged to the device where the policy predicts. A `controller` decides how far is
     copied ahead; without one the policy's own choice stands. `ram` holds some of the experts and
-    is changed by the run; without it RAM holds them all. `deciding` is charged to the host on top of
-    the profile's `host_layer_s`. `watch` is given the residency before the first pass, to see its
-    calls.
+    is changed by the run; without it RAM holds them all. `deciding` is charged to the host on top
+    of the profile's `host_layer_s`. `watch` is given the residency before the first pass, to see
+    its calls.
     """
     counters = Counters()
     charged_bytes = predictor_bytes if policy.predicts else 0

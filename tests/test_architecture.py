@@ -32,6 +32,7 @@ FLOORS = {
     "trace": 1,
     "synthetic": 1,
     "eviction": 1,
+    "use_counts": 1,
     "offline": 1,
     "policy": 1,
     "calibration": 1,

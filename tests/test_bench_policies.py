@@ -33,6 +33,7 @@ from runtime.bench.policies_cells import (
     RESERVE_BYTES,
     RESIDENCIES,
     Cell,
+    by_hash,
     cells_by_rule,
     fixed_cells,
     full_cells,
@@ -40,7 +41,13 @@ from runtime.bench.policies_cells import (
     quick_cells,
 )
 from runtime.bench.policies_chats import COLLECTED, collected, preloaded, session_of
-from runtime.bench.policies_measure import RIVALS, CellResults, Result
+from runtime.bench.policies_measure import (
+    RIVALS,
+    CellResults,
+    Result,
+    planning_costs,
+    run_cell,
+)
 from runtime.bench.policies_models import MODELS
 from runtime.bench.policies_summary import TARGETS, rows, summary, targets
 from runtime.core import ExpertId
@@ -49,9 +56,11 @@ from runtime.policy import PolicySetup
 from runtime.policy_table import make_oracle, make_policy
 from runtime.scheduler import Costs
 from runtime.simulate import simulate
+from runtime.simulate_deciding import Deciding
 from runtime.synthetic import STATISTICS
 from runtime.trace import ForwardPass, Guess, LayerStep, Prediction
 
+ALL_POLICIES = {*RIVALS, "prescope", "oracle"}
 TRIED = ({**RIVALS, "prescope": ({},)}).items()
 CELLS_SHA256 = "14016f3bcd4738046e277b2a2aae863431d56b98985ec282e18466ecec7c6298"
 
@@ -391,12 +400,30 @@ def test_planning_is_timed_for_each_model_at_one_and_many_requests(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policies_planning, "MAIN_MODELS", ("Mixtral-8x7B 4-bit",))
+    monkeypatch.setattr(policies_planning, "BATCHES", (1, 64))
     assert main(["bench", "policies", "--planning", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
-    rows = result["planning"]
-    assert [row["batch"] for row in rows] == [1, 64]
-    assert all(row["median_us_per_layer"] > 0 and row["layers_timed"] > 100 for row in rows)
+    rows = result["planning"]["rows"]
+    assert {(row["batch"], row["policy"]) for row in rows} == {
+        (batch, policy) for batch in (1, 64) for policy in ALL_POLICIES
+    }
+    assert all(row["us_per_layer"] > 0 and row["layers_timed"] > 100 for row in rows)
+    lines = result["planning"]["policies"]
+    for row in rows:
+        fitted = Deciding.from_json(lines[row["policy"]]).routed.seconds(row["routed_experts"])
+        assert 0.2 < fitted * 1e6 / row["routed_us"] < 5.0
     assert "Mixtral" in tell(result)
+
+
+def test_charged_planning_slows_every_policy_by_what_was_measured() -> None:
+    cell = next(c for c in by_hash(fixed_cells()) if (c.model, c.batch) == ("gpt-oss-20b", 1))
+    free, charged = (run_cell(cell, charge_planning=charge).results for charge in (False, True))
+    assert set(planning_costs()) == set(free) == set(ALL_POLICIES)
+    layers = MODELS[cell.model].layers
+    for name, deciding in planning_costs().items():
+        least_s = layers * deciding.routed.base_s
+        more_s = charged[name].pass_s - free[name].pass_s
+        assert more_s > 0.5 * least_s, name
 
 
 def test_a_policy_that_beats_the_bound_stops_the_bench(

@@ -193,6 +193,52 @@ def test_expected_next_use_equals_the_rule_recomputed_from_every_use(seed: int) 
     replay(rule, script(seed), judge)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hearing_who_is_fixed_changes_no_victim(seed: int) -> None:
+    """One rule is told who must stay and one only asked about everybody: both name the same."""
+    draw, now = random.Random(seed), 0.0
+    told, asked = ExpectedNextUse(LAYERS), ExpectedNextUse(LAYERS)
+    residents: set[ExpertId] = set()
+    fixed: set[ExpertId] = set()
+    victims = 0
+    for _ in range(800):
+        expert, layer = draw.choice(ALL), draw.randrange(LAYERS)
+        now += draw.choice((0.0, 0.0, 1.0))
+        match draw.choice(("used", "used", "in", "fix", "loose", "victim", "out")):
+            case "used":
+                for rule in (told, asked):
+                    rule.used(expert, now)
+            case "in" if expert not in residents:
+                loading = draw.random() < 0.5
+                if loading:
+                    told.fixed(expert)
+                    fixed.add(expert)
+                for rule in (told, asked):
+                    rule.admitted(expert, now, prefetched=False)
+                residents.add(expert)
+            case "fix" if expert in residents - fixed:
+                told.fixed(expert)
+                fixed.add(expert)
+            case "loose" if fixed:
+                loosed = draw.choice(sorted(fixed))
+                told.loosed(loosed)
+                fixed.remove(loosed)
+            case "out" if expert in residents:
+                for rule in (told, asked):
+                    rule.removed(expert)
+                residents.remove(expert)
+                fixed.discard(expert)
+            case "victim":
+                may_go = residents - fixed
+                found = [rule.victim(may_go.__contains__, now, layer) for rule in (told, asked)]
+                assert found[0] == found[1]
+                assert (found[0] is None) == (not may_go)
+                # Told who must stay, it does not even ask about them.
+                assert told.victim(lambda e: True, now, layer) == found[0]
+                victims += found[0] is not None
+    assert victims > 20
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.25, 1.0])
 def test_the_rate_of_use_is_what_it_is(rate: float) -> None:
     rule, draw = ExpectedNextUse(1, (64.0, 512.0), (0.5, 0.5)), random.Random(1)

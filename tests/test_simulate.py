@@ -15,6 +15,7 @@ from runtime.policy import PolicySetup
 from runtime.policy_table import make_policy
 from runtime.scheduler import Costs
 from runtime.simulate import Simulated, simulate
+from runtime.simulate_deciding import Deciding, Step
 from runtime.telemetry import Counters
 from runtime.trace import ForwardPass, Guess, LayerStep, Prediction
 from tests.machines import emulated_profile
@@ -62,12 +63,19 @@ def foresight(
     return tuple(found)
 
 
-def run(trace: list[ForwardPass], policy: PolicyName, slots: int, **profile: float) -> Simulated:
+def run(
+    trace: list[ForwardPass],
+    policy: PolicyName,
+    slots: int,
+    deciding: Deciding | None = None,
+    **profile: float,
+) -> Simulated:
     machine = emulated_profile(**profile)
     chunk_bytes = chunk_bytes_for(machine.link_bytes_per_s.value)
     setup = PolicySetup((EXPERTS,) * LAYERS, K, (SIZE,) * LAYERS, slots, Costs.of(machine))
     made = make_policy(policy, setup)
-    return simulate(trace, machine, made, slots, [SIZE] * LAYERS, chunk_bytes)
+    sizes = [SIZE] * LAYERS
+    return simulate(trace, machine, made, slots, sizes, chunk_bytes, deciding=deciding)
 
 
 def bound_s(trace: list[ForwardPass], counters: Counters) -> float:
@@ -95,6 +103,20 @@ def test_every_run_closes_repeats_and_respects_the_bound(
     settled += c.link_bytes_prefetch_wasted + c.link_bytes_cancelled
     assert c.link_bytes_issued == settled + c.link_bytes_pending
     assert first.total_s >= bound_s(trace, c)
+
+
+@pytest.mark.parametrize("policy", CARD_POLICIES)
+def test_deciding_is_charged_where_it_happens(policy: PolicyName) -> None:
+    trace = trace_of(3)
+    free = run(trace, policy, 24)
+    assert run(trace, policy, 24, Deciding()) == free
+    before_the_work, beside_it = 2e-3, 1e-6
+    slow = run(trace, policy, 24, Deciding(Step(before_the_work)))
+    layers = len(trace) * LAYERS
+    # Demands on the link may be hidden behind it, the device's work may not.
+    assert slow.total_s > free.total_s + 0.3 * layers * before_the_work
+    hidden = run(trace, policy, 24, Deciding(ahead=Step(beside_it), done=Step(expert_s=beside_it)))
+    assert free.total_s * 0.9 < hidden.total_s < slow.total_s
 
 
 def test_more_slots_give_more_hits_and_a_faster_run() -> None:

@@ -57,7 +57,7 @@ PLANNING_FILE = Path(__file__).resolve().parents[2] / "assets" / "bench" / "plan
 @cache
 def planning_costs() -> Mapping[str, Deciding]:
     """Read what deciding takes, by policy, on the machine that the committed file names."""
-    policies = json.loads(PLANNING_FILE.read_text("utf-8"))["policies"]
+    policies = json.loads(PLANNING_FILE.read_text("utf-8"))["planning"]["policies"]
     return {name: Deciding.from_json(value) for name, value in policies.items()}
 
 

@@ -2,15 +2,15 @@
 
 Wall time of everything that decides: the policy, and residency, which keeps the books. On whatever
 runs this: Python, one thread. Each model's modelled machine is that of the first fixed cell, by
-hash, with the model and the batch; the chats are the cell's. `bench policies` charges the lines that
-are fitted here, as they were measured on the machine that `assets/bench/planning.json` names.
+hash, with the model and the batch; the chats are the cell's. `--charge-planning` charges the lines
+that are fitted here, as measured on the machine that `assets/bench/planning.json` names.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import numpy as np
 from runtime.bench.policies_cells import MAIN_MODELS, Cell, by_hash
 from runtime.bench.policies_measure import ORACLE, PRESCOPE, RIVALS, watch_policy
 from runtime.bench.policies_models import MODELS
+from runtime.hardware import cpu_name
 from runtime.residency import Residency
 
 BATCHES = (1, 4, 16, 64)
@@ -62,7 +63,7 @@ class _Timed:
 
 
 def measure_planning(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
-    """Return medians per model, batch and policy, and per policy a line through them by experts."""
+    """Return means per model, batch and policy, and per policy a line through them by experts."""
     policies = (*PRESCOPE, *RIVALS, ORACLE)
     rows: list[dict[str, Any]] = []
     for name in MAIN_MODELS:
@@ -71,8 +72,10 @@ def measure_planning(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
             chosen = next((c for c in fitting if c.phase == "decode"), None)
             if chosen is not None:
                 rows += (_row(chosen, policy, seed) for policy in policies)
-    lines = {policy: _lines([row for row in rows if row["policy"] == policy]) for policy in policies}
-    machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    lines = {
+        policy: _lines([row for row in rows if row["policy"] == policy]) for policy in policies
+    }
+    machine = f"{cpu_name()}, Python {platform.python_version()}"
     return {"machine": machine, "rows": rows, "policies": lines}
 
 
@@ -82,7 +85,7 @@ def _row(cell: Cell, policy: str, seed: int) -> dict[str, Any]:
     for _ in range(ROUNDS):
         timed = _Timed()
         watch_policy(cell, policy, timed.watch, seed)
-        runs.append({step: median(layer[step] for layer in timed.layers) for step in STEPS})
+        runs.append({step: _mean(layer[step] for layer in timed.layers) for step in STEPS})
     steps_s = {step: min(run[step] for run in runs) for step in STEPS}
     model = MODELS[cell.model]
     return {
@@ -92,10 +95,16 @@ def _row(cell: Cell, policy: str, seed: int) -> dict[str, Any]:
         "batch": cell.batch,
         "policy": policy,
         "layers_timed": len(timed.layers),
-        "routed_experts": median(timed.experts),
+        "routed_experts": mean(timed.experts),
         **{f"{step}_us": 1e6 * seconds for step, seconds in steps_s.items()},
         "us_per_layer": 1e6 * sum(steps_s.values()),
     }
+
+
+def _mean(seconds: Iterable[float]) -> float:
+    """Return the mean without the longest in fifty, when something else had the processor."""
+    ordered = sorted(seconds)
+    return mean(ordered[: max(1, len(ordered) - len(ordered) // 50)])
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
