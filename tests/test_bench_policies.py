@@ -401,6 +401,7 @@ def test_planning_is_timed_for_each_model_at_one_and_many_requests(
 ) -> None:
     monkeypatch.setattr(policies_planning, "MAIN_MODELS", ("Mixtral-8x7B 4-bit",))
     monkeypatch.setattr(policies_planning, "BATCHES", (1, 64))
+    monkeypatch.setattr(policies_planning, "PAPER_MATCH_US", {50: 21.0})
     assert main(["bench", "policies", "--planning", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     rows = result["planning"]["rows"]
@@ -412,6 +413,7 @@ def test_planning_is_timed_for_each_model_at_one_and_many_requests(
     for row in rows:
         fitted = Deciding.from_json(lines[row["policy"]]).routed.seconds(row["routed_experts"])
         assert 0.2 < fitted * 1e6 / row["routed_us"] < 5.0
+    assert result["planning"]["moe_infinity_match_us"]["50"] > 0.0
     assert "Mixtral" in tell(result)
 
 
