@@ -48,10 +48,6 @@ class CacheTable:
         self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._beyond: set[int] = set()  # slots from `capacity` up that are not empty yet
-        self.find: Callable[[ExpertId], int | None] = self._where.get
-        """Return the slot that holds or awaits an expert, or None."""
-        self.holds: Callable[[ExpertId], bool] = self._where.__contains__
-        """Say whether an expert has a slot, be it on its way there."""
         self.eviction = eviction
         self.capacity = slots
 
@@ -71,6 +67,14 @@ class CacheTable:
 
     def slot(self, number: int) -> Slot:
         return self._slots[number]
+
+    def find(self, expert: ExpertId) -> int | None:
+        """Return the slot that holds or awaits `expert`, or None."""
+        return self._where.get(expert)
+
+    def holds(self, expert: ExpertId) -> bool:
+        """Say whether `expert` has a slot, be it on its way there."""
+        return expert in self._where
 
     def experts(self) -> list[ExpertId]:
         """Return what the slots hold or await, in no particular order."""

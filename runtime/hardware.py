@@ -142,6 +142,7 @@ def cards_from_nvml(nvml: Any = None) -> list[Card]:
 
 
 def cpu_name() -> str:
+    """Return what this machine's processor calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -166,6 +167,10 @@ def _card_from_torch() -> Card | None:
     return Card(uuid, properties.name, Memory(total_bytes, free_bytes))
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _AMPERE
+
+
 def _measured(card: Card, ram: Memory) -> HardwareProfile:
     """Measure what a plan needs to know; each figure on its own falls back to an assumed one."""
     profile = replace(
@@ -175,7 +180,7 @@ def _measured(card: Card, ram: Memory) -> HardwareProfile:
         vram_free_bytes=card.memory.free_bytes,
     )
     device = torch.device("cuda", torch.cuda.current_device())
-    profile = replace(profile, bfloat16=torch.cuda.get_device_capability(device) >= _AMPERE)
+    profile = replace(profile, bfloat16=_has_bfloat16(device))
     measures: dict[str, Callable[[], float]] = {
         "link_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=True),
         "link_unpinned_bytes_per_s": lambda: _link_bytes_per_s(device, pinned=False),

@@ -27,6 +27,7 @@ class Oracle(PreScope):
         self.eviction = self._future
         self._passes = passes
         self._pass = -1
+        self._compare_every, self._most_rests = 1, 0  # what it costs to think is no matter here
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._pass += 1

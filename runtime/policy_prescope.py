@@ -30,7 +30,8 @@ from runtime.trace import Guess, Prediction
 
 KEPT_CANDIDATES = 8
 COMPARE_EVERY = 4
-"""In every how manyth layer it is found out who would have to go: that changes little between."""
+"""In every how manyth layer with misses it is found out who would have to go: that changes little
+between."""
 NOTHING_ROUTED = Routed(-1, (), (), ())
 NOBODY: Mapping[int, float] = MappingProxyType({})
 MOST_RESTS = 3
@@ -97,6 +98,8 @@ class PreScope:
         self._missed: dict[ExpertId, None] = {}
         self._hopes = Hopes(self.settings.check)
         self._fruitless = self._rests = 0
+        self._compare_every, self._most_rests = COMPARE_EVERY, MOST_RESTS
+        self._since_compared = 0
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
@@ -119,8 +122,11 @@ class PreScope:
         self._plan = NO_MISSES
         if not (routed.misses or routed.coming):
             return self._plan
-        if routed.misses and (routed.layer % COMPARE_EVERY == 0 or self._value.victim is None):
-            self._compare_with_victim(routed, moment)
+        if routed.misses:
+            self._since_compared += 1
+            if self._value.victim is None or self._since_compared >= self._compare_every:
+                self._since_compared = 0
+                self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
         busy_s = self._hits_s(routed)
         plan = self._split(routed, moment, size, busy_s)
@@ -141,8 +147,6 @@ class PreScope:
     def beside(
         self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
     ) -> Sequence[Wish]:
-        self._soon.pop(routed.layer, None)
-        self._guesses.pop(routed.layer, None)
         if moment.prompt and not predictions:
             predictions = self._everyone(routed.layer + 1, moment.tokens)
         self._foresee(predictions)
@@ -208,6 +212,8 @@ class PreScope:
     def _learn(self) -> None:
         """Hold against the layer that is done what was guessed, and remember what it missed."""
         routed, self._routed = self._routed, NOTHING_ROUTED
+        self._soon.pop(routed.layer, None)
+        self._guesses.pop(routed.layer, None)
         chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
         self._calibration.learn(routed.layer, chosen)
         if routed.misses and self._learns:
@@ -355,7 +361,7 @@ class PreScope:
             self._fruitless = 0
         else:
             self._fruitless += 1
-            self._rests = min(MOST_RESTS, self._fruitless // 4)
+            self._rests = min(self._most_rests, self._fruitless // 4)
         return wishes
 
     # What is brought in because it will be used again.

@@ -108,7 +108,7 @@ class Residency:
         plan = self.policy.place(routed, moment)
         opened = self._open = OpenLayer(layer, routed, plan, step.predictions, moment)
         opened.to_compute.update([expert for expert, _ in hits])
-        if not (coming or misses or plan.along):
+        if not (coming or misses or plan.along or moment.queue.unstarted):
             return Steps((), tuple(hits))
         orders: list[Order] = []
         if plan.hold:

@@ -186,7 +186,8 @@ def test_a_config_alone_foretells_what_quantising_comes_to(wish: str, tmp_path: 
     alone = foresee_shape(tmp_path, None, wish)  # type: ignore[arg-type]
     assert (with_files.from_files, alone.from_files) == (True, False)
     assert alone.form == wish
-    assert replace(alone.shape, name="") == replace(with_files.shape, name="")
+    # How files are read is not foretold without them.
+    assert replace(alone.shape, name="") == replace(with_files.shape, name="", reading_bytes=0)
     assert alone.shape.expert_bytes < foresee_shape(tmp_path).shape.expert_bytes
 
 

@@ -250,6 +250,7 @@ def test_a_card_that_refuses_every_measurement_gets_assumed_figures(
 
     monkeypatch.setattr(hardware, "find_card", lambda: MINE)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hardware, "_has_bfloat16", lambda device: True)
     for name in ("_link_bytes_per_s", "_link_call_s", "_device_bytes_per_s", "_cpu_bytes_per_s"):
         monkeypatch.setattr(hardware, name, refuse)
     profile = hardware.probe(EmulatedMachine())
