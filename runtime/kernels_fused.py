@@ -46,8 +46,12 @@ def multiply_fused(matrix: Matrix, parts: Mapping[str, Tensor], x: Tensor) -> Te
     """
     rows, columns = matrix.shape
     numbers, scales, x = parts[matrix.name], parts[f"{matrix.name}.scales"], x.contiguous()
-    assert numbers.is_contiguous(), matrix
-    assert scales.is_contiguous(), matrix
+    # Compiled code reads where it is told to: whatever could be wrong has to show before.
+    assert x.shape[1] == columns, (x.shape, matrix)
+    assert x.dtype == torch.bfloat16, x.dtype
+    for part in (numbers, scales):
+        assert part.is_contiguous(), matrix
+        assert part.device.type == "cpu", matrix
     entry = _compiled(cast(Kind, matrix.form.kind))
     assert entry is not None, matrix
     out = torch.empty((x.shape[0], rows), dtype=torch.bfloat16)

@@ -127,7 +127,7 @@ def test_prescope_is_not_slower_than_its_rivals_on_any_of_these_machines() -> No
             assert ours < 1.02 * theirs, (link, cpu, name)
 
 
-def test_what_is_foreseen_is_protected_and_what_was_routed_no_longer() -> None:
+def test_what_is_foreseen_is_protected_until_its_layer_is_done() -> None:
     policy = PreScope(setup_of(8))
     soon = (Prediction(1, 1, (Guess(3, 0.9), Guess(4, 0.05))),)
     routed = Routed(0, (), (), ())
@@ -136,7 +136,9 @@ def test_what_is_foreseen_is_protected_and_what_was_routed_no_longer() -> None:
     assert policy.protects(ExpertId(1, 3))
     assert not policy.protects(ExpertId(1, 4))
     assert not policy.protects(ExpertId(2, 3))
-    policy.beside(Routed(1, (), (), ()), plan, (), moment())
+    policy.place(Routed(1, (), (), ()), moment())
+    assert policy.protects(ExpertId(1, 3))
+    policy.between(1, moment())
     assert not policy.protects(ExpertId(1, 3))
 
 

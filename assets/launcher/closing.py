@@ -14,7 +14,8 @@ WINDOWS_CLOSING_WITHIN_S = 4.5
 
 
 class Closing:
-    """`asked` is set by Ctrl-C, SIGTERM, a closed terminal or console window. Main thread only.
+    """`asked` is set by Ctrl-C, SIGTERM, a closed terminal or console window. Made by the main
+    thread; `ask` may be called by any.
 
     Windows kills the process when the close handler returns, so the handler waits for `finished`.
     """
@@ -23,13 +24,15 @@ class Closing:
         self.asked = threading.Event()
         self.finished = threading.Event()
         self._on_asked = on_asked
+        self._asking = threading.Lock()
         self._hear_signals()
         if sys.platform == "win32":
             self._watch_console_window()
 
     def ask(self) -> None:
-        first = not self.asked.is_set()
-        self.asked.set()
+        with self._asking:
+            first = not self.asked.is_set()
+            self.asked.set()
         if first:
             threading.Thread(target=self._on_asked, daemon=True).start()
 

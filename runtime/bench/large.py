@@ -96,7 +96,8 @@ def tell(result: dict[str, Any]) -> str:
 def _ram_for(plan: dict[str, int], share: float) -> int:
     """Return the RAM in which a plan of the same form keeps `share` of its experts."""
     reading_bytes = READING_EXPERTS * plan["slot_bytes"]
-    needed_bytes = int(share * plan["ram_experts_bytes"]) + reading_bytes + plan["ram_device_bytes"]
+    needed_bytes = int(share * plan["ram_experts_bytes"]) + reading_bytes
+    needed_bytes += plan["ram_device_bytes"] + plan["ram_reading_bytes"]
     by_percent = needed_bytes * 100 // (100 - RAM_RESERVE_PERCENT)
     return max(needed_bytes + RAM_RESERVE_BYTES, by_percent)
 
