@@ -30,8 +30,8 @@ from runtime.trace import Guess, Prediction
 
 KEPT_CANDIDATES = 8
 COMPARE_EVERY = 4
-"""In every how manyth layer with misses it is found out who would have to go: that changes little
-between."""
+"""In every how manyth layer it is found out who would have to go: that changes little between,
+unless it went."""
 NOTHING_ROUTED = Routed(-1, (), (), ())
 NOBODY: Mapping[int, float] = MappingProxyType({})
 MOST_RESTS = 3
@@ -99,7 +99,6 @@ class PreScope:
         self._hopes = Hopes(self.settings.check)
         self._fruitless = self._rests = 0
         self._compare_every, self._most_rests = COMPARE_EVERY, MOST_RESTS
-        self._since_compared = 0
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
         self._soon.clear()
@@ -123,9 +122,8 @@ class PreScope:
         if not (routed.misses or routed.coming):
             return self._plan
         if routed.misses:
-            self._since_compared += 1
-            if self._value.victim is None or self._since_compared >= self._compare_every:
-                self._since_compared = 0
+            known = self._value.victim
+            if routed.layer % self._compare_every == 0 or known is None or not moment.holds(known):
                 self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
         busy_s = self._hits_s(routed)
