@@ -67,7 +67,8 @@ def fitted(peaks: Mapping[tuple[int, int], int]) -> Transients:
 def estimated(text: Any, item_bytes: int) -> Transients:
     """A generous guess from the configuration alone: scores as if no attention were fused."""
     heads = getattr(text, "num_attention_heads", None) or 1
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    # Where layers differ the plain attribute is refused; the dictionary has the global value.
+    width = heads * (text.to_dict().get("head_dim") or text.hidden_size // heads)
     token = 32 * max(text.hidden_size, width) * item_bytes
     return Transients(token, 4 * width * item_bytes, heads * (2 * item_bytes + 4))
 
