@@ -169,7 +169,11 @@ def _build(
     from runtime.kernels_crossover import Crossovers, assumed_few_tokens
     from runtime.loader import load_model
     from runtime.prompts_templates import Templates, settle_template
+    from runtime.rehearsal import rehearse
 
+    # Without a card there are no slots, and only one thing can be done.
+    policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
+    rehearse(policy, profile)
     with ExitStack() as undo:
         device = open_device(profile, plan, virtual_clock=virtual_clock)
         undo.callback(device.close)
@@ -198,8 +202,6 @@ def _build(
                 + (f" {told}" if told else ""),
                 "Choose the model's instruct or chat variant.",
             )
-        # Without a card there are no slots, and only one thing can be done.
-        policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
         # Figures of a virtual clock must not depend on what this machine learned.
         learned = None if virtual_clock else data / PREDICTORS_FOLDER
         predictor = _predictor(loaded, folder, learned) if plan.slots else None

@@ -7,7 +7,7 @@ of every expert stays in the store. Who goes is decided by an `Eviction`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,7 +44,7 @@ class CacheTable:
 
     def __init__(self, slots: int, eviction: Eviction) -> None:
         self._slots = [Slot() for _ in range(slots)]
-        self._where: dict[ExpertId, int] = {}
+        self._where: dict[int, dict[int, int]] = {}  # slots by layer and expert
         self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._beyond: set[int] = set()  # slots from `capacity` up that are not empty yet
@@ -53,7 +53,7 @@ class CacheTable:
 
     @property
     def used(self) -> int:
-        return len(self._where)
+        return sum(map(len, self._where.values()))
 
     @property
     def free_slots(self) -> int:
@@ -65,20 +65,31 @@ class CacheTable:
         ready = SlotState.READY
         return sum(slot.unused_prefetch_bytes for slot in self._slots if slot.state is ready)
 
+    @property
+    def slots(self) -> Sequence[Slot]:
+        return self._slots
+
     def slot(self, number: int) -> Slot:
         return self._slots[number]
 
     def find(self, expert: ExpertId) -> int | None:
         """Return the slot that holds or awaits `expert`, or None."""
-        return self._where.get(expert)
+        return self.here(expert.layer).get(expert.expert)
+
+    def here(self, layer: int) -> Mapping[int, int]:
+        """Return the slots of a layer's experts that have one, be it on their way there."""
+        here = self._where.get(layer)
+        if here is None:
+            here = self._where[layer] = {}
+        return here
 
     def holds(self, expert: ExpertId) -> bool:
         """Say whether `expert` has a slot, be it on its way there."""
-        return expert in self._where
+        return expert.expert in self.here(expert.layer)
 
     def experts(self) -> list[ExpertId]:
         """Return what the slots hold or await, in no particular order."""
-        return list(self._where)
+        return [ExpertId(layer, each) for layer, here in self._where.items() for each in here]
 
     def unawaited(self) -> list[ExpertId]:
         """Return what is being copied without anybody waiting for it."""
@@ -87,9 +98,9 @@ class CacheTable:
     def evict_by(self, eviction: Eviction, now: float) -> None:
         """Let another rule decide from now on; what is resident stays."""
         self.eviction = eviction
-        for expert, number in self._where.items():
+        for expert in self.experts():
             eviction.admitted(expert, now, prefetched=False)
-            if not self._evictable(number):
+            if not self._evictable(self._place(expert)):
                 eviction.fixed(expert)
 
     def victim(
@@ -98,7 +109,7 @@ class CacheTable:
         """Return who would go while `layer` is served; None if nobody may."""
 
         def may_go(expert: ExpertId) -> bool:
-            slot = self._slots[self._where[expert]]
+            slot = self._slots[self._place(expert)]
             return slot.state is SlotState.READY and slot.pins == 0 and not protected(expert)
 
         return self.eviction.victim(may_go, now, layer)
@@ -111,16 +122,16 @@ class CacheTable:
         Returns:
             The slot and what was evicted from it (None if it was free).
         """
-        assert expert not in self._where, f"{expert} already has a slot"
+        assert not self.holds(expert), f"{expert} already has a slot"
         evicted = None
         if victim is None:
             number = self._free.pop()
         else:
-            number = self._where[victim]
+            number = self._place(victim)
             evicted = self._forget(number)
         slot = self._slots[number]
         slot.state, slot.expert = SlotState.LOADING, expert
-        self._where[expert] = self._loading[expert] = number
+        self._where[expert.layer][expert.expert] = self._loading[expert] = number
         self.eviction.fixed(expert)
         self.eviction.admitted(expert, now, prefetched=prefetched)
         return number, evicted
@@ -157,6 +168,24 @@ class CacheTable:
         if not slot.pins and slot.state is SlotState.READY and slot.expert is not None:
             self.eviction.loosed(slot.expert)
 
+    def pin_all(self, layer: int, experts: Sequence[int]) -> None:
+        """Pin residents of a layer that nobody pins."""
+        here, slots = self._where[layer], self._slots
+        for number in experts:
+            slot = slots[here[number]]
+            assert not slot.pins, f"{slot.expert} is pinned already"
+            slot.pins = 1
+        self.eviction.fixed_all(layer, experts)
+
+    def unpin_all(self, layer: int, experts: Sequence[int]) -> None:
+        """Take back the only pin of each of these residents."""
+        here, slots = self._where[layer], self._slots
+        for number in experts:
+            slot = slots[here[number]]
+            assert slot.pins == 1, f"{slot.expert} is pinned {slot.pins} times"
+            slot.pins = 0
+        self.eviction.loosed_all(layer, experts)
+
     def resize(self, capacity: int) -> list[Slot]:
         """Allow `capacity` of the allocated slots; return what was evicted now.
 
@@ -167,7 +196,7 @@ class CacheTable:
         self.capacity = capacity
         self._free = [number for number in self._free if number < capacity]
         self._free += [n for n in grown if self._slots[n].state is SlotState.FREE]
-        held = set(self._where.values())
+        held = {number for here in self._where.values() for number in here.values()}
         self._beyond = {number for number in held if number >= capacity}
         return self.trim()
 
@@ -180,7 +209,8 @@ class CacheTable:
     def check(self) -> None:
         """Raise AssertionError with the numbers if the table contradicts itself."""
         held = {n for n, slot in enumerate(self._slots) if slot.state is not SlotState.FREE}
-        assert held == set(self._where.values()), (sorted(held), sorted(self._where.values()))
+        places = sorted(number for here in self._where.values() for number in here.values())
+        assert sorted(held) == places, (sorted(held), places)
         assert len(self._free) == len(set(self._free)), f"a slot is free twice: {self._free}"
         assert not held & set(self._free), sorted(held & set(self._free))
         free_within = {n for n in range(self.capacity) if n not in held}
@@ -189,8 +219,11 @@ class CacheTable:
         assert beyond == self._beyond, (sorted(beyond), sorted(self._beyond))
         loading = {n for n, slot in enumerate(self._slots) if slot.state is SlotState.LOADING}
         assert loading == set(self._loading.values()), (sorted(loading), self._loading)
-        for expert, number in self._where.items():
-            assert self._slots[number].expert == expert, (expert, self._slots[number])
+        for expert in self.experts():
+            assert self._slots[self._place(expert)].expert == expert, expert
+
+    def _place(self, expert: ExpertId) -> int:
+        return self._where[expert.layer][expert.expert]
 
     def _evictable(self, number: int) -> bool:
         slot = self._slots[number]
@@ -200,7 +233,7 @@ class CacheTable:
         slot = self._slots[number]
         assert slot.pins == 0, f"slot {number} is pinned {slot.pins} times"
         assert slot.expert is not None, f"slot {number} is free already"
-        del self._where[slot.expert]
+        del self._where[slot.expert.layer][slot.expert.expert]
         self._loading.pop(slot.expert, None)
         self.eviction.removed(slot.expert)
         self._slots[number] = Slot()

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from runtime.core import ExpertId
-from runtime.eviction import Eviction
+from runtime.eviction import Eviction, Experts, Floats
 
 
 class Lru(Eviction):
@@ -21,6 +21,17 @@ class Lru(Eviction):
         self._touch(expert)
         if expert in self._order:
             self._order.move_to_end(expert)
+
+    def used_all(
+        self, layer: int, experts: Experts, now: float, weights: Floats | None = None
+    ) -> None:
+        order = self._order
+        for number in experts.tolist():
+            expert = ExpertId(layer, number)
+            self._uses += 1
+            self._last[expert] = self._uses
+            if expert in order:
+                order.move_to_end(expert)
 
     def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
         assert expert not in self._order, f"{expert} has a slot already"

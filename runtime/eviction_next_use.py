@@ -12,196 +12,239 @@ where rules that look only backwards evict each expert just before its turn.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from runtime.compiled import compiled
 from runtime.core import ExpertId
-from runtime.eviction import Eviction
+from runtime.eviction import Eviction, Experts, Floats
 from runtime.use_counts import HALF_LIVES_TOKENS, SHARES, UseCounts
 
+Flags = NDArray[np.bool_]
+Reasons = NDArray[np.int8]
+
 RAREST = 2.0**-60
-FEW = 3
-"""Up to so many residents find their places one by one; for more all are put in order anew."""
+FIXED, SPARED = 1, 2
+"""Why a resident stays: it must, or others go first. To be combined."""
 
 
 class ExpectedNextUse(Eviction):
     """Latest expected next use first; an unused prefetch whose layer has passed before all.
 
     r is a mixture of use rates over several scales at the end of the layer's last turn. Between a
-    layer's turns its r stay as they are, so its residents are put in order once per turn (`scans`
-    counts that) and the order is kept up as they come and go; a victim is the first of one of the
-    L layers. A layer with more than its share of slots gives up first, by the square root of how
-    much more: its time grows faster than its misses, so misses spread over the layers cost less
-    than the same number in a few.
+    layer's turns its r stay as they are, so each layer's first to go is looked for only when the
+    layer had its turn or its residents changed, and a victim is the first of one of the L layers.
+    A layer with more than its share of slots gives up first, by the square root of how much more:
+    its time grows faster than its misses, so misses spread over the layers cost less than the
+    same number in a few.
     """
 
     def __init__(
         self,
-        layers: int,
+        experts: Sequence[int],
         half_lives_tokens: Sequence[float] = HALF_LIVES_TOKENS,
         shares: Sequence[float] = SHARES,
     ) -> None:
-        self.scans = 0
-        self.counts = UseCounts(layers, half_lives_tokens, shares)
-        self._residents = [_Residents() for _ in range(layers)]
+        self.counts = UseCounts(experts, half_lives_tokens, shares)
+        layers, most = len(experts), max(experts)
         self._held = 0
         self._probation: dict[ExpertId, None] = {}
         turn = np.arange(layers)
         self._wait_passes = (turn[None, :] - turn[:, None] - 1) % layers / layers
-        self._waits: list[list[float]] = self._wait_passes.tolist()
-        # By layer: how late its first resident is used, by how much it is crowded, and both
-        # together, seen from the layer that is being served.
+        self._resident: Flags = np.zeros((layers, most), np.bool_)
+        self._stays: Reasons = np.zeros((layers, most), np.int8)
+        self._spared: set[int] = set()
+        # By layer: its residents, who goes first, by when that one's next use is expected, whether
+        # that has to be looked for anew, and what it counts for seen from the layer being served.
+        self._residents = np.zeros(layers, np.int64)
+        self._first = np.full(layers, -1, np.int64)
         self._passes = np.full(layers, -math.inf)
-        self._crowded = np.ones(layers)
+        self._changed: Flags = np.zeros(layers, np.bool_)
         self._costs = np.full(layers, -math.inf)
-        self._seen_from = (-1, 0)
-        self._changed: set[int] = set()
 
     def used(self, expert: ExpertId, now: float, weight: float = 1.0) -> None:
         layer, number = expert
-        self.counts.used(layer, number, now, weight)
-        self._residents[layer].sorted = False
-        self._changed.add(layer)
+        self.used_all(layer, np.array([number]), now, np.array([weight]))
+
+    def used_all(
+        self, layer: int, experts: Experts, now: float, weights: Floats | None = None
+    ) -> None:
+        self.counts.used(layer, experts, now, weights)
+        self._changed[layer] = True
         if self._probation:
-            self._probation.pop(expert, None)
+            for number in experts.tolist():
+                self._probation.pop(ExpertId(layer, number), None)
 
     def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
         layer, number = expert
-        here = self._residents[layer]
-        assert number not in here.members, f"{expert} has a slot already"
-        here.members.add(number)
-        if here.sorted and number not in here.fixed:
-            here.insert(number)
+        assert not self._resident[layer, number], f"{expert} has a slot already"
+        self._resident[layer, number] = True
+        self._residents[layer] += 1
         self._held += 1
-        self._changed.add(layer)
+        self._changed[layer] = True
         if prefetched:
             self._probation[expert] = None
 
     def removed(self, expert: ExpertId) -> None:
         layer, number = expert
-        here = self._residents[layer]
-        assert number in here.members, f"{expert} has no slot"
-        here.members.remove(number)
-        if number in here.fixed:
-            here.fixed.remove(number)
-        elif number in here.loosed:
-            here.loosed.remove(number)
-        elif here.sorted:
-            here.remove(number)
+        assert self._resident[layer, number], f"{expert} has no slot"
+        self._resident[layer, number] = False
+        self._stays[layer, number] &= ~FIXED
+        self._residents[layer] -= 1
         self._held -= 1
-        self._changed.add(layer)
+        self._changed[layer] = True
         self._probation.pop(expert, None)
 
     def fixed(self, expert: ExpertId) -> None:
-        layer, number = expert
-        here = self._residents[layer]
-        if number in here.loosed:
-            here.loosed.remove(number)
-        elif here.sorted and number in here.members:
-            here.remove(number)
-            self._changed.add(layer)
-        here.fixed.add(number)
+        self._stays[expert] |= FIXED
+        self._changed[expert.layer] = True
 
     def loosed(self, expert: ExpertId) -> None:
-        layer, number = expert
-        here = self._residents[layer]
-        here.fixed.remove(number)
-        here.loosed.append(number)
-        self._changed.add(layer)
+        self._stays[expert] &= ~FIXED
+        self._changed[expert.layer] = True
+
+    def fixed_all(self, layer: int, experts: Sequence[int]) -> None:
+        stays = self._stays[layer]
+        for number in experts:
+            stays[number] |= FIXED
+        self._changed[layer] = True
+
+    def loosed_all(self, layer: int, experts: Sequence[int]) -> None:
+        stays = self._stays[layer]
+        for number in experts:
+            stays[number] &= ~FIXED
+        self._changed[layer] = True
+
+    def spare(self, layer: int, experts: Sequence[int] | Experts) -> None:
+        stays = self._stays[layer]
+        stays &= ~SPARED
+        if len(experts):
+            stays[experts] |= SPARED
+            self._spared.add(layer)
+        else:
+            self._spared.discard(layer)
+        self._changed[layer] = True
 
     def victim(self, may_go: Callable[[ExpertId], bool], now: float, layer: int) -> ExpertId | None:
+        found = self._first_to_go(may_go, layer, SPARED | FIXED)
+        if found is None and self._spared:
+            self._changed[:] = True
+            found = self._first_to_go(may_go, layer, FIXED)
+            self._changed[:] = True
+        return found
+
+    def _first_to_go(
+        self, may_go: Callable[[ExpertId], bool], layer: int, staying: int
+    ) -> ExpertId | None:
+        """Return whom to evict of those who do not stay for such a reason."""
         for expert in self._probation:
+            if not self._stays[expert] & staying and may_go(expert):
+                return expert
+        return self._latest(may_go, layer, staying)
+
+    def _latest(
+        self, may_go: Callable[[ExpertId], bool], layer: int, staying: int
+    ) -> ExpertId | None:
+        """Return whose next use is expected latest, but for those who stay for such a reason."""
+        rates, costs = self.counts.rates, self._costs
+        turn = _look(
+            rates,
+            self._resident,
+            self._stays,
+            staying,
+            self._residents,
+            self._changed,
+            self._first,
+            self._passes,
+            self._wait_passes[layer],
+            costs,
+            self._held,
+        )
+        while turn >= 0:
+            number = int(self._first[turn])
+            expert = ExpertId(turn, number)
             if may_go(expert):
                 return expert
-        self._look_from(layer)
-        costs, waits = self._costs, self._waits[layer]
-        places: dict[int, int] = {}
-        found = None
-        while costs[turn := int(costs.argmax())] > -math.inf:
-            here, place = self._residents[turn], places.get(turn, 0)
-            expert = ExpertId(turn, here.order[place])
-            if may_go(expert):
-                found = expert
+            # The next one of that layer, for this once.
+            self._changed[turn] = True
+            here, after = rates[turn], rates[turn, number]
+            found = _next(here, self._resident[turn], self._stays[turn], staying, after, number)
+            self._first[turn] = found
+            if found < 0:
+                costs[turn] = -math.inf
+            else:
+                waits = self._wait_passes[layer, turn]
+                costs[turn] = (_passes(here[found]) + waits) * self._crowded(turn)
+            turn = int(costs.argmax())
+            if costs[turn] == -math.inf:
                 break
-            places[turn] = place = place + 1
-            costs[turn] = (here.passes(place) + waits[turn]) * self._crowded[turn]
-        self._changed.update(places)
-        return found
+        return None
 
     def worth(self, expert: ExpertId, now: float, layer: int) -> float:
         """Return minus the expected passes until the next use; minus infinity on probation."""
         if expert in self._probation:
             return -math.inf
-        rates = self.counts.rates(expert.layer)
-        rate = rates[expert.expert] if expert.expert < len(rates) else 0.0
         waits = self._wait_passes[layer, expert.layer]
-        return float(1.0 - waits - 1.0 / min(max(rate, RAREST), 1.0))
+        return float(1.0 - waits - _passes(self.counts.rates[expert]))
 
-    def _look_from(self, layer: int) -> None:
-        """Bring up to date what each layer's first resident costs, seen from `layer`."""
+    def _crowded(self, layer: int) -> float:
         fair = max(1.0, self._held) / len(self._residents)
-        from_layer, held = self._seen_from
-        for turn in self._changed:
-            here = self._residents[turn]
-            if not here.sorted or len(here.loosed) > FEW:
-                self.scans += 1
-                here.sort(self.counts.rates(turn))
-            elif here.loosed:
-                for number in here.loosed:
-                    here.insert(number)
-                here.loosed.clear()
-            self._passes[turn] = here.passes(0)
-            self._crowded[turn] = math.sqrt(max(len(here.members), 1) / fair)
-        if held != self._held:
-            everywhere = [max(len(here.members), 1) for here in self._residents]
-            np.sqrt(np.array(everywhere) / fair, out=self._crowded)
-        if (from_layer, held) != (layer, self._held):
-            self._seen_from = (layer, self._held)
-            np.multiply(self._passes + self._wait_passes[layer], self._crowded, out=self._costs)
-        else:
-            waits = self._waits[layer]
-            for turn in self._changed:
-                self._costs[turn] = (self._passes[turn] + waits[turn]) * self._crowded[turn]
-        self._changed.clear()
+        return math.sqrt(max(self._residents[layer], 1) / fair)
 
 
-class _Residents:
-    """A layer's residents; while `sorted`, `order` has those that are not fixed, least used
-    first."""
+@compiled
+def _passes(rate: float) -> float:
+    """Return the passes that are expected to go by until the next use, and one more."""
+    return 1.0 / min(max(rate, RAREST), 1.0)
 
-    def __init__(self) -> None:
-        self.members: set[int] = set()
-        self.fixed: set[int] = set()
-        self.loosed: list[int] = []
-        """Who has to find a place in `order` again: looked for when somebody asks."""
-        self.order: list[int] = []
-        self.sorted = False
-        self._rates: list[float] = []
 
-    def sort(self, rates: list[float]) -> None:
-        self._rates = rates
-        if self.members and max(self.members) >= len(rates):
-            self._rates = rates + [0.0] * (max(self.members) + 1 - len(rates))
-        self.order = sorted(self.members - self.fixed)
-        self.order.sort(key=self._rates.__getitem__)
-        self.sorted = True
-        self.loosed.clear()
+@compiled
+def _next(
+    rates: Floats, resident: Flags, stays: Reasons, staying: int, after: float, number: int
+) -> int:
+    """Return who of a layer goes first of those that come after one of that rate and number: the
+    least used, then the lowest number; -1 if nobody does."""
+    found = -1
+    for each in range(len(rates)):
+        if not resident[each] or stays[each] & staying:
+            continue
+        rate = rates[each]
+        if rate < after or (rate == after and each <= number):
+            continue
+        if found < 0 or rate < rates[found]:
+            found = each
+    return found
 
-    def insert(self, number: int) -> None:
-        if number >= len(self._rates):
-            self._rates = self._rates + [0.0] * (number + 1 - len(self._rates))
-        insort(self.order, number, key=self._key)
 
-    def remove(self, number: int) -> None:
-        del self.order[bisect_left(self.order, self._key(number), key=self._key)]
-
-    def passes(self, place: int) -> float:
-        """Return the passes expected until that place's next use, minus infinity at the end."""
-        if place >= len(self.order):
-            return -math.inf
-        return 1.0 / min(max(self._rates[self.order[place]], RAREST), 1.0)
-
-    def _key(self, number: int) -> tuple[float, int]:
-        return self._rates[number], number
+@compiled
+def _look(
+    rates: Floats,
+    resident: Flags,
+    stays: Reasons,
+    staying: int,
+    residents: Experts,
+    changed: Flags,
+    first: Experts,
+    passes: Floats,
+    waits: Floats,
+    costs: Floats,
+    held: int,
+) -> int:
+    """Bring up to date who goes first in each layer and what that costs, seen from the layer that
+    waits so long for each; return whose is the highest, -1 if nobody may go."""
+    layers = len(residents)
+    fair = max(1.0, held) / layers
+    latest, most = -1, -np.inf
+    for layer in range(layers):
+        if changed[layer]:
+            changed[layer] = False
+            found = _next(rates[layer], resident[layer], stays[layer], staying, -1.0, -1)
+            first[layer] = found
+            passes[layer] = -np.inf if found < 0 else _passes(rates[layer, found])
+        crowded = math.sqrt(max(residents[layer], 1) / fair)
+        costs[layer] = (passes[layer] + waits[layer]) * crowded
+        if costs[layer] > most:
+            latest, most = layer, costs[layer]
+    return latest

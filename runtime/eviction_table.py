@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from runtime.errors import ConfigError
 from runtime.eviction import Eviction
@@ -11,16 +11,16 @@ from runtime.eviction_lru import Lru
 from runtime.eviction_next_use import ExpectedNextUse
 from runtime.eviction_s3_fifo import S3Fifo
 
-EVICTIONS: dict[str, Callable[[int], Eviction]] = {
-    "lru": lambda layers: Lru(),
-    "decayed-frequency": lambda layers: DecayedFrequency(),
-    "s3-fifo": lambda layers: S3Fifo(),
+EVICTIONS: dict[str, Callable[[Sequence[int]], Eviction]] = {
+    "lru": lambda experts: Lru(),
+    "decayed-frequency": lambda experts: DecayedFrequency(),
+    "s3-fifo": lambda experts: S3Fifo(),
     "expected-next-use": ExpectedNextUse,
 }
 
 
-def make_eviction(name: str, layers: int) -> Eviction:
-    """Return a fresh eviction rule for a model with `layers` MoE layers.
+def make_eviction(name: str, experts: Sequence[int]) -> Eviction:
+    """Return a fresh eviction rule for a model with so many experts in each MoE layer.
 
     Raises:
         ConfigError: there is no rule of that name.
@@ -29,4 +29,4 @@ def make_eviction(name: str, layers: int) -> Eviction:
         raise ConfigError(
             f"There is no eviction rule '{name}'.", f"Choose one of {', '.join(EVICTIONS)}."
         )
-    return EVICTIONS[name](layers)
+    return EVICTIONS[name](experts)

@@ -126,7 +126,7 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
         ports.busy_until_s(),
         ports.queue_state(),
         residency.cache.free_slots,
-        residency.cache.holds,
+        residency.cache.here,
         ports.in_ram,
     )
 
@@ -136,7 +136,8 @@ def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
         ports.order(steps.orders)
     for expert, slot in steps.compute:
         ports.compute(expert, slot)
-        _do(residency, ports, residency.computed(expert))
+    if steps.compute:
+        _do(residency, ports, residency.computed([expert for expert, _ in steps.compute]))
     if steps.cpu:
         _compute_on_cpu(residency, ports, steps.cpu)
 

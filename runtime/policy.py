@@ -6,13 +6,13 @@ go over the link, what is copied ahead, who is evicted. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Eviction
-from runtime.scheduler import Costs, Miss, MissPlan
+from runtime.eviction import Eviction, Experts
+from runtime.scheduler import Costs, MissPlan
 from runtime.trace import Prediction
 from runtime.transfer_queue import QueueState
 
@@ -37,9 +37,9 @@ class Moment(NamedTuple):
 
     `token` counts tokens since the start; `tokens` is how many rows the pass has, and `prompt`
     whether they follow one another in a prompt. `now_s` is the
-    host's time, `device_free_s` when the device will have computed all it was given. `holds` says
-    whether an expert has a slot, and `in_ram` whether it can be copied or computed on the CPU
-    without being read from disk first.
+    host's time, `device_free_s` when the device will have computed all it was given. `here` names
+    the experts of a layer that have a slot, and `in_ram` says whether one can be copied or
+    computed on the CPU without being read from disk first.
     """
 
     token: float
@@ -49,20 +49,27 @@ class Moment(NamedTuple):
     device_free_s: float
     queue: QueueState
     free_slots: int
-    holds: Callable[[ExpertId], bool]
+    here: Callable[[int], Container[int]]
     in_ram: Callable[[ExpertId], bool] = lambda expert: True
+
+    def holds(self, expert: ExpertId) -> bool:
+        """Say whether an expert has a slot."""
+        return expert.expert in self.here(expert.layer)
 
 
 class Routed(NamedTuple):
     """A layer that was just routed: what is in place, what is coming and what is missing.
 
-    `coming` are on the link; `misses` have no slot, or one whose copy has not begun.
+    `coming` are on the link; `misses` have no slot, or one whose copy has not begun. `tokens` says
+    for each expert how many it has, and `chosen` are all of them.
     """
 
     layer: int
-    hits: tuple[Miss, ...]
-    coming: tuple[Miss, ...]
-    misses: tuple[Miss, ...]
+    tokens: Mapping[int, int]
+    chosen: Experts
+    hits: Sequence[int]
+    coming: Sequence[int]
+    misses: Sequence[int]
 
 
 class Wish(NamedTuple):

@@ -35,13 +35,14 @@ class Hopes:
         hopes = self._open.pop(routed.layer, None)
         if not hopes:
             return
-        came = {miss.expert: 1.0 for miss in routed.hits}
-        for miss in routed.coming:
-            left = moment.queue.left_bytes.get(ExpertId(routed.layer, miss.expert), 0)
-            came[miss.expert] = 1.0 - left / size
+        came = dict.fromkeys(routed.hits, 1.0)
+        for number in routed.coming:
+            left = moment.queue.left_bytes.get(ExpertId(routed.layer, number), 0)
+            came[number] = 1.0 - left / size
+        here = moment.here(routed.layer)
         for number, uses in hopes.items():
             # What was refused a slot, or lost it again, says nothing about copies.
-            if moment.holds(ExpertId(routed.layer, number)) or number in came:
+            if number in here or number in came:
                 self._matched += uses * came.get(number, 0.0)
                 self._squared += uses * uses
         if self._squared > FORGET_AT:

@@ -45,10 +45,8 @@ class MoeInfinity:
         return self._wishes(-1, moment)
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
-        groups = (routed.hits, routed.coming, routed.misses)
-        demands = {miss.expert: miss.tokens for group in groups for miss in group}
-        self.tracer.routed(routed.layer, demands)
-        return MissPlan(tuple(miss.expert for miss in routed.misses), ())
+        self.tracer.routed(routed.layer, routed.tokens)
+        return MissPlan(tuple(routed.misses), ())
 
     def beside(
         self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment

@@ -6,9 +6,12 @@ strong heuristic, not a bound: its split and its order of copies are PreScope's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from runtime.core import ExpertId, PolicyName
+from runtime.eviction import Floats
 from runtime.offline import NEVER, OfflineOptimal
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_prescope import PreScope
@@ -45,18 +48,22 @@ class Oracle(PreScope):
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         return self._future.next_use(wish.expert) < self._future.next_use(victim)
 
-    def _lasting(self, layer: int) -> Callable[[int], float]:
+    def _lasting(self, layer: int, experts: Sequence[int]) -> Floats:
         next_use, victim = self._future.next_use, self._value.victim
         theirs = NEVER if victim is None else next_use(victim)
-        return lambda number: 1.0 if next_use(ExpertId(layer, number)) < theirs else 0.0
+        sooner = [float(next_use(ExpertId(layer, number)) < theirs) for number in experts]
+        return np.array(sooner)
+
+    def _lasting_of(self, expert: ExpertId) -> float:
+        return float(self._lasting(expert.layer, [expert.expert])[0])
 
     def _truth(self, layer: int) -> tuple[Prediction, ...]:
         layers = self._passes[self._pass].layers
         return tuple(
-            Prediction(
+            Prediction.of(
                 layer + distance,
                 distance,
-                tuple(Guess(expert, 1.0) for expert in layers[layer + distance].demands),
+                [Guess(expert, 1.0) for expert in layers[layer + distance].demands],
             )
             for distance in (1, 2)
             if layer + distance < len(layers)

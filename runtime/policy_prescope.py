@@ -11,29 +11,31 @@ displaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from runtime.calibration import Calibration
 from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
+from runtime.eviction import Floats
 from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_hopes import Hopes
 from runtime.policy_slot_value import SlotValue
-from runtime.policy_windows import Averages, Turnover, Window
+from runtime.policy_windows import Averages, Copies, Turnover, Window, choose
 from runtime.rails import Rails
-from runtime.scheduler import Costs, Miss, MissPlan, split_least_makespan
-from runtime.trace import Guess, Prediction
+from runtime.scheduler import Costs, MissPlan, Split, split_least_makespan
+from runtime.trace import Prediction
 
 KEPT_CANDIDATES = 8
 COMPARE_EVERY = 4
 """In every how manyth layer it is found out who would have to go: that changes little between,
 unless it went."""
-NOTHING_ROUTED = Routed(-1, (), (), ())
-NOBODY: Mapping[int, float] = MappingProxyType({})
+NOTHING_ROUTED = Routed(-1, {}, np.empty(0, np.int64), (), (), ())
+NOBODY: tuple[list[int], Floats] = ([], np.empty(0))
 MOST_RESTS = 3
 """Where nothing was worth copying ahead for a while, that is looked at more rarely: at every
 fourth opportunity in the end."""
@@ -78,14 +80,15 @@ class PreScope:
 
     def __init__(self, setup: PolicySetup, **changes: Any) -> None:
         self.settings = PreScopeSettings(**changes)
-        self.eviction = make_eviction(self.settings.eviction, setup.layers)
+        self.eviction = make_eviction(self.settings.eviction, setup.experts)
         self.look_ahead = FULL
         self._rails = Rails(setup.costs)
         self._setup = setup
         self._value = SlotValue(self.eviction, setup.experts, self.settings.check)
         self._calibration = Calibration()
         self._guesses: dict[int, Prediction] = {}
-        self._soon: dict[int, dict[int, float]] = {}
+        self._soon: dict[int, tuple[list[int], Floats]] = {}
+        self._kept: dict[int, Sequence[int]] = {}
         self._averages = Averages()
         self._routed_s = 0.0
         self._routed, self._learns = NOTHING_ROUTED, False
@@ -101,7 +104,8 @@ class PreScope:
         self._compare_every, self._most_rests = COMPARE_EVERY, MOST_RESTS
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
-        self._soon.clear()
+        for layer in list(self._soon):
+            self._forget(layer)
         self._guesses.clear()
         self._turnover.end_pass()
         self._value.stay_for(self._turnover.stay_passes)
@@ -114,8 +118,7 @@ class PreScope:
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
         self._routed_s = moment.now_s
         self._routed, self._learns = routed, not moment.prompt
-        chosen = [m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group]
-        self._value.used(routed.layer, chosen, moment.token, moment.prompt)
+        self._value.used(routed.layer, routed.chosen, moment.token, moment.prompt)
         self._hopes.routed(routed, moment, self._setup.layer_bytes[routed.layer])
         self._cpu_s = self._cpu_work_bytes = 0.0
         self._plan = NO_MISSES
@@ -127,11 +130,8 @@ class PreScope:
                 self._compare_with_victim(routed, moment)
         size = self._setup.layer_bytes[routed.layer]
         busy_s = self._hits_s(routed)
-        plan = self._split(routed, moment, size, busy_s)
-        tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
-        _, self._cpu_s = self._duration(plan, (), tokens, size, 0.0, busy_s)
-        work = (self.costs.cpu_work_bytes(size, tokens[number]) for number in plan.cpu)
-        self._cpu_work_bytes = sum(work)
+        plan, self._cpu_work_bytes = self._split(routed, moment, size, busy_s)
+        self._cpu_s = self._cpu_seconds(plan, self._cpu_work_bytes, size, 0.0)
         for number in plan.cpu:
             self._missed.pop(ExpertId(routed.layer, number), None)
             self._missed[ExpertId(routed.layer, number)] = None
@@ -193,10 +193,8 @@ class PreScope:
         self._rails.cpu.note(least_s, most_s, seconds)
 
     def protects(self, expert: ExpertId) -> bool:
-        if not self.settings.protect:
-            return False
-        use = self._expected(expert.layer).get(expert.expert, 0.0)
-        return use >= self.settings.protected_from
+        self._expected(expert.layer)
+        return expert.expert in self._kept.get(expert.layer, ())
 
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         least = 0.0 if wish.stays else self.settings.least_use
@@ -210,53 +208,72 @@ class PreScope:
     def _learn(self) -> None:
         """Hold against the layer that is done what was guessed, and remember what it missed."""
         routed, self._routed = self._routed, NOTHING_ROUTED
-        self._soon.pop(routed.layer, None)
+        self._forget(routed.layer)
         self._guesses.pop(routed.layer, None)
-        chosen = {m.expert for group in (routed.hits, routed.coming, routed.misses) for m in group}
-        self._calibration.learn(routed.layer, chosen)
+        if routed.layer >= 0:
+            self._calibration.learn(routed.layer, routed.chosen)
         if routed.misses and self._learns:
-            self._value.watch(routed.layer, [miss.expert for miss in routed.misses])
+            self._value.watch(routed.layer, routed.misses)
 
     # Where misses are served.
 
-    def _split(self, routed: Routed, moment: Moment, size: int, busy_s: float) -> MissPlan:
-        """Try how many of the coming experts to wait for; the rest and the misses are split."""
-        layer = routed.layer
+    def _split(
+        self, routed: Routed, moment: Moment, size: int, busy_s: float
+    ) -> tuple[MissPlan, float]:
+        """Try how many of the coming experts to wait for; the rest and the misses are split.
+
+        Returns the plan and what the CPU's work costs in bytes read.
+        """
+        layer, tokens = routed.layer, routed.tokens
         costs = self.costs if self.settings.constants else self.costs.without_constants()
-        saved_s = self._saved_s(layer) * self.settings.bonus
-        lasting = self._lasting(layer)
+        lasting = bonus_s = NOBODY[1]
+        if routed.misses:
+            lasting = self._lasting(layer, routed.misses)
+            saved_s = self._saved_s(layer) * self.settings.bonus
+            bonus_s = np.maximum(lasting, 0.0) * saved_s
+        missing = [tokens[number] for number in routed.misses]
 
-        def bonus_s(expert: int) -> float:
-            return max(0.0, lasting(expert)) * saved_s
-
-        def device_s(tokens: int) -> float:
-            return costs.device_s(size, tokens)
-
-        def split(ahead_s: float) -> MissPlan:
-            rest = (ahead_s, busy_s, lasting, bonus_s, device_s)
-            return split_least_makespan(routed.misses, size, costs, *rest)
+        def split(ahead_s: float) -> Split:
+            rest = (ahead_s, busy_s, lasting, bonus_s)
+            return split_least_makespan(routed.misses, missing, size, costs, *rest, landing=True)
 
         if not routed.coming:
-            return split(self._ahead_s((), layer, moment))
-        tokens = {miss.expert: miss.tokens for miss in (*routed.misses, *routed.coming)}
+            found = split(self._ahead_s((), layer, moment))
+            return found.plan, found.cpu_bytes
         left = moment.queue.left_bytes
-        coming = sorted(routed.coming, key=lambda m: left.get(ExpertId(layer, m.expert), 0))
-        best, best_s = NO_MISSES, float("inf")
+        coming = sorted(routed.coming, key=lambda each: left.get(ExpertId(layer, each), 0))
+        best, best_s = (NO_MISSES, 0.0), float("inf")
         for awaited in range(len(coming), -1, -1):
             ahead_s = self._ahead_s(coming[:awaited], layer, moment)
-            plan = split(ahead_s)
-            given_up = tuple(miss.expert for miss in coming[awaited:])
-            plan = plan._replace(cpu=(*plan.cpu, *given_up))
+            found = split(ahead_s)
+            given_up = tuple(coming[awaited:])
+            plan = found.plan._replace(cpu=(*found.plan.cpu, *given_up))
+            work = [costs.cpu_work_bytes(size, tokens[number]) for number in given_up]
+            cpu_bytes = sum(work, found.cpu_bytes)
             waits_s = ahead_s if awaited else 0.0
-            kept = [miss.expert for miss in coming[:awaited]]
-            total_s, _ = self._duration(plan, kept, tokens, size, waits_s, busy_s)
+            link_s = costs.link_s(size, len(plan.load), waits_s) if plan.load else waits_s
+            cpu_s = self._cpu_seconds(plan, cpu_bytes, size, waits_s)
+            landing_s = [costs.device_s(size, tokens[e]) for e in (*coming[:awaited], *plan.load)]
+            last_s = landing_s[-1] if landing_s else 0.0
+            total_s = max(link_s + last_s, max(cpu_s, busy_s) + sum(landing_s))
             if total_s < best_s:
-                best, best_s = plan, total_s
+                best, best_s = (plan, cpu_bytes), total_s
         return best
+
+    def _cpu_seconds(self, plan: MissPlan, work_bytes: float, size: int, ahead_s: float) -> float:
+        """Return how long the CPU's part of a plan takes while the link moves the rest."""
+        if not plan.cpu:
+            return 0.0
+        costs = self.costs
+        link_s = costs.link_s(size, len(plan.load), ahead_s) if plan.load else ahead_s
+        slow = costs.cpu_bytes_per_s_while_copying
+        shared_bytes = min(work_bytes, link_s * slow)
+        cpu_s = costs.cpu_call_s + shared_bytes / slow
+        return cpu_s + (work_bytes - shared_bytes) / costs.cpu_bytes_per_s
 
     def _hits_s(self, routed: Routed) -> float:
         """Seconds that the device computes what is in place."""
-        tokens = sum([hit.tokens for hit in routed.hits])
+        tokens = sum(map(routed.tokens.__getitem__, routed.hits))
         size, costs = self._setup.layer_bytes[routed.layer], self.costs
         more_tokens = (tokens - len(routed.hits)) / costs.device_tokens_per_pass
         return size / costs.device_bytes_per_s * (len(routed.hits) + more_tokens)
@@ -286,10 +303,10 @@ class PreScope:
         for prediction in predictions:
             if prediction.distance <= farthest and prediction.layer < self._setup.layers:
                 self._guesses[prediction.layer] = prediction
-                self._soon.pop(prediction.layer, None)
+                self._forget(prediction.layer)
 
-    def _expected(self, layer: int) -> Mapping[int, float]:
-        """Return how likely a layer to come will use whom, the likeliest first.
+    def _expected(self, layer: int) -> tuple[list[int], Floats]:
+        """Return whom a layer to come will use and how likely, the likeliest first.
 
         Worked out when somebody asks: for most layers nobody does.
         """
@@ -298,10 +315,18 @@ class PreScope:
             prediction = self._guesses.get(layer)
             if prediction is None:
                 return NOBODY
-            worth = self._calibration.note(prediction)
-            likeliest_first = sorted(worth, key=worth.__getitem__, reverse=True)
-            soon = self._soon[layer] = {each: worth[each] for each in likeliest_first}
+            experts, use = self._calibration.note(prediction)
+            soon = self._soon[layer] = experts.tolist(), use
+            if self.settings.protect:
+                likely = int((use >= self.settings.protected_from).sum())
+                self._kept[layer] = soon[0][:likely]
+                self.eviction.spare(layer, experts[:likely])
         return soon
+
+    def _forget(self, layer: int) -> None:
+        """Expect nobody of a layer any more."""
+        if self._soon.pop(layer, None) is not None and self._kept.pop(layer, ()):
+            self.eviction.spare(layer, ())
 
     def _everyone(self, layer: int, tokens: int) -> tuple[Prediction, ...]:
         """A prompt's chunk needs nearly every expert: guess them all."""
@@ -309,7 +334,7 @@ class PreScope:
             return ()
         count = self._setup.experts[layer]
         use = 1.0 - (1.0 - self._setup.top_k / count) ** tokens
-        return (Prediction(layer, 1, tuple(Guess(expert, use) for expert in range(count))),)
+        return (Prediction(layer, 1, np.arange(count), np.full(count, use)),)
 
     def _ahead(
         self, layer: int, window: Window, moment: Moment, link_s: float | None = None
@@ -322,39 +347,26 @@ class PreScope:
             self._rests -= 1
             return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
-        holds, slower = self._holds(), self._slower
-        kept, margin = self._hopes.kept, self.settings.margin
+        costs, held, price = self.costs, self._holds(), self.settings.margin * self._slower
         for target, deadline_s in ((layer + 1, window.next_s), (layer + 2, window.second_s)):
-            soon = self._expected(target)
-            if not soon:
+            if at_s >= deadline_s:
                 continue
-            copy_s = self._setup.layer_bytes[target] / self.costs.link_bytes_per_s
-            saved_s, lasting = self._saved_s(target), self._lasting(target)
-            begins_s, lands_s, in_time, price_s = -1.0, 0.0, 0.0, 0.0
-            for number, use in soon.items():
-                if at_s >= deadline_s:
-                    break
-                expert = ExpertId(target, number)
-                if moment.holds(expert):
-                    continue
-                if begins_s != at_s:
-                    begins_s = at_s
-                    if holds:
-                        lands_s = window.lands_held_s(at_s, copy_s)
-                    else:
-                        # A copy for the next layer goes on when that is routed: it is waited for.
-                        next_one = deadline_s == window.next_s
-                        lands_s = at_s + copy_s if next_one else window.lands_s(at_s, copy_s)
-                        price_s = margin * slower * window.beside_cpu_s(at_s, lands_s)
-                    late_s = lands_s - deadline_s
-                    in_time = 1.0 if late_s <= 0.0 else max(0.0, 1.0 - late_s / saved_s)
-                    if not in_time:
-                        break
-                uses = use * in_time * kept + lasting(number)
-                if uses * saved_s > price_s:
-                    wishes.append(Wish(expert, deadline_s, use))
-                    self._hopes.hope(expert, use * in_time)
-                    at_s = lands_s
+            experts, use = self._expected(target)
+            here = moment.here(target)
+            missing = [place for place, number in enumerate(experts) if number not in here]
+            if not missing:
+                continue
+            copy_s = self._setup.layer_bytes[target] / costs.link_bytes_per_s
+            copies = Copies(
+                copy_s, self._saved_s(target), self._hopes.kept, price, held, target == layer + 1
+            )
+            wanted = [experts[place] for place in missing]
+            later = self._lasting(target, wanted)
+            chosen, hopes, at_s = choose(use[missing], later, at_s, window, copies)
+            for place, hope in zip(chosen, hopes, strict=True):
+                expert = ExpertId(target, wanted[place])
+                wishes.append(Wish(expert, deadline_s, float(use[missing[place]])))
+                self._hopes.hope(expert, hope)
         if wishes:
             self._fruitless = 0
         else:
@@ -384,24 +396,28 @@ class PreScope:
             return []
         for expert in [each for each in self._missed if moment.holds(each)]:
             del self._missed[expert]
-        lasting = {layer: self._lasting(layer) for layer in {each.layer for each in self._missed}}
-        found = max(self._missed, key=lambda e: lasting[e.layer](e.expert), default=None)
-        if found is None:
+        if not self._missed:
             return []
+        lasting = {each: self._lasting_of(each) for each in self._missed}
+        found = max(lasting, key=lasting.__getitem__)
         copy_s = self._setup.layer_bytes[found.layer] / costs.link_bytes_per_s
         pass_s = averages.period_s * self._setup.layers
         free = max(0.1, 1.0 - averages.link_share)
-        uses = lasting[found.layer](found.expert) - self._value.lost(copy_s / free / pass_s)
+        uses = lasting[found] - self._value.lost(copy_s / free / pass_s)
         price_s = self._slower * copy_s * min(1.0, averages.cpu_s / averages.period_s)
         if not free_slot and uses * self._saved_s(found.layer) <= self.settings.margin * price_s:
             return []
         self._admitting = found
         return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]
 
-    def _lasting(self, layer: int) -> Callable[[int], float]:
-        """Return the uses that a slot will save each expert of a layer, beyond those of whom it
-        displaces."""
-        return self._value.saved(layer)
+    def _lasting(self, layer: int, experts: Sequence[int]) -> Floats:
+        """Return the uses that a slot will save each of a layer's experts, beyond those of whom
+        it displaces."""
+        return self._value.saved(layer, experts)
+
+    def _lasting_of(self, expert: ExpertId) -> float:
+        """Return the same for one expert."""
+        return self._value.saved_of(expert)
 
     @property
     def _slower(self) -> float:
@@ -428,7 +444,8 @@ class PreScope:
         next_s = max(end_s + costs.host_layer_s, device_free_s) + dense_s
         second_s = next_s + averages.layer_s + costs.host_layer_s + dense_s
         next_cpu_s, next_link_s = next_s + averages.cpu_s, next_s + averages.demanded_s
-        return Window(moment.now_s, cpu_until_s, next_s, next_cpu_s, next_link_s, second_s)
+        times_s = (moment.now_s, cpu_until_s, next_s, next_cpu_s, next_link_s, second_s)
+        return Window(*map(float, times_s))
 
     def _link_free_s(self, moment: Moment) -> float:
         queue, queued_bytes = moment.queue, moment.queue.backlog_bytes
@@ -438,34 +455,9 @@ class PreScope:
         queued_s = queued_bytes / self.costs.link_bytes_per_s
         return max(moment.now_s, queue.stream_free_s) + queued_s
 
-    def _ahead_s(self, awaited: Sequence[Miss], layer: int, moment: Moment) -> float:
+    def _ahead_s(self, awaited: Sequence[int], layer: int, moment: Moment) -> float:
         """Seconds until the link has moved what is demanded of it already."""
         queue = moment.queue
-        rest = sum(queue.left_bytes.get(ExpertId(layer, miss.expert), 0) for miss in awaited)
+        rest = sum(queue.left_bytes.get(ExpertId(layer, number), 0) for number in awaited)
         queued_s = (queue.demanded_bytes + rest) / self.costs.link_bytes_per_s
         return max(0.0, queue.stream_free_s - moment.now_s) + queued_s
-
-    def _duration(
-        self,
-        plan: MissPlan,
-        awaited: Sequence[int],
-        tokens: dict[int, int],
-        size: int,
-        ahead_s: float,
-        busy_s: float,
-    ) -> tuple[float, float]:
-        """Return how long a layer takes with this plan, and its CPU work alone, in seconds.
-
-        `awaited` are experts on the link already, which the device computes as well.
-        """
-        costs = self.costs
-        link_s = costs.link_s(size, len(plan.load), ahead_s) if plan.load else ahead_s
-        cpu_s = 0.0
-        if plan.cpu:
-            work = sum(costs.cpu_work_bytes(size, tokens[number]) for number in plan.cpu)
-            shared = min(work, link_s * costs.cpu_bytes_per_s_while_copying)
-            cpu_s = costs.cpu_call_s + shared / costs.cpu_bytes_per_s_while_copying
-            cpu_s += (work - shared) / costs.cpu_bytes_per_s
-        landing_s = [costs.device_s(size, tokens[e]) for e in (*awaited, *plan.load)]
-        last_s = landing_s[-1] if landing_s else 0.0
-        return max(link_s + last_s, max(cpu_s, busy_s) + sum(landing_s)), cpu_s

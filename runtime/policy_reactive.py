@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Eviction
+from runtime.eviction import Eviction, Experts, Floats
 from runtime.eviction_lru import Lru
 from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Reactive, Routed
@@ -18,7 +18,7 @@ from runtime.scheduler import MissPlan, split_by_share, split_least_makespan
 
 
 def _everyone(routed: Routed) -> tuple[int, ...]:
-    return tuple(miss.expert for miss in routed.misses)
+    return tuple(routed.misses)
 
 
 class OnDemand(Reactive):
@@ -27,7 +27,7 @@ class OnDemand(Reactive):
     name: PolicyName = "on-demand"
 
     def __init__(self, setup: PolicySetup, eviction: str = "lru") -> None:
-        self.eviction = make_eviction(eviction, setup.layers)
+        self.eviction = make_eviction(eviction, setup.experts)
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
         return MissPlan(_everyone(routed), ())
@@ -76,8 +76,8 @@ class StaticSplit(Reactive):
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
         kept = self._resident[routed.layer]
-        load = tuple(miss.expert for miss in routed.misses if miss.expert < kept)
-        cpu = tuple(miss.expert for miss in routed.misses if miss.expert >= kept)
+        load = tuple(expert for expert in routed.misses if expert < kept)
+        cpu = tuple(expert for expert in routed.misses if expert >= kept)
         return MissPlan(load, cpu)
 
 
@@ -91,6 +91,12 @@ class _Streamed(Lru):
     def used(self, expert: ExpertId, now: float, weight: float = 1.0) -> None:
         if not self._stays[expert.layer]:
             super().used(expert, now, weight)
+
+    def used_all(
+        self, layer: int, experts: Experts, now: float, weights: Floats | None = None
+    ) -> None:
+        if not self._stays[layer]:
+            super().used_all(layer, experts, now, weights)
 
     def admitted(self, expert: ExpertId, now: float, *, prefetched: bool) -> None:
         if not self._stays[expert.layer]:
@@ -142,19 +148,18 @@ class Hybrid(Reactive):
         split: Literal["makespan", "share"] = "makespan",
         eviction: str = "lru",
     ) -> None:
-        self.eviction = make_eviction(eviction, setup.layers)
+        self.eviction = make_eviction(eviction, setup.experts)
         self._setup = setup
         self._by_share = split == "share"
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
-        layer, costs = routed.layer, self._setup.costs
-
-        def worth(expert: int) -> float:
-            return self.eviction.worth(ExpertId(layer, expert), moment.token, layer)
-
+        layer, costs, misses = routed.layer, self._setup.costs, routed.misses
+        value = self.eviction.worth
+        worth = [value(ExpertId(layer, expert), moment.token, layer) for expert in misses]
         if self._by_share:
-            return split_by_share(routed.misses, costs, worth)
+            return split_by_share(misses, costs, worth)
         size = self._setup.layer_bytes[layer]
         ahead_s = max(0.0, moment.queue.stream_free_s - moment.now_s)
         ahead_s += moment.queue.demanded_bytes / costs.link_bytes_per_s
-        return split_least_makespan(routed.misses, size, costs, ahead_s, worth=worth)
+        tokens = [routed.tokens[expert] for expert in misses]
+        return split_least_makespan(misses, tokens, size, costs, ahead_s, worth=worth).plan

@@ -9,10 +9,13 @@ difference came true is what later differences are multiplied by. Pure.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from runtime.core import ExpertId
-from runtime.eviction import Eviction
+from runtime.eviction import Eviction, Experts, Floats
 from runtime.eviction_next_use import ExpectedNextUse
 from runtime.use_counts import UseCounts
 
@@ -36,14 +39,13 @@ class SlotValue:
         self.victim: ExpertId | None = None
         self._own = not isinstance(eviction, ExpectedNextUse)
         self._counts = (
-            eviction.counts if isinstance(eviction, ExpectedNextUse) else UseCounts(len(experts))
+            eviction.counts if isinstance(eviction, ExpectedNextUse) else UseCounts(experts)
         )
-        self._counts.expect(experts)
         self.stay_for(1.0)
         self._check = check
         self._victim_uses = 0.0
-        self._used = [[0] * count for count in experts]
-        self._open: deque[tuple[int, ExpertId, int, ExpertId, int, float]] = deque()
+        self._used = np.zeros((len(experts), max(experts)), np.int64)
+        self._open: deque[_Watched] = deque()
         self._pass = 0
         self._matched, self._squared = HALF_TRUSTED / 2, HALF_TRUSTED
         self.trust = self._matched / self._squared if check else 1.0
@@ -59,13 +61,12 @@ class SlotValue:
         self._passes = passes
         self._counts.look_ahead((passes, CHECK_PASSES))
 
-    def used(self, layer: int, experts: Iterable[int], token: float, prompt: bool) -> None:
+    def used(self, layer: int, chosen: Experts, token: float, prompt: bool) -> None:
         """Note what a layer's router chose."""
         used = self._used[layer]
-        for number in experts:
-            used[number] += 1
-            if self._own and not prompt:
-                self._counts.used(layer, number, token)
+        used[chosen] += 1
+        if self._own and not prompt:
+            self._counts.used(layer, chosen, token)
 
     def replaces(self, victim: ExpertId | None) -> None:
         """Compare with this expert from now on; None stands for a free slot."""
@@ -77,39 +78,43 @@ class SlotValue:
         victim = self.victim
         if victim is None or not self._check:
             return
-        theirs, uses = self._uses(victim, CHECK), self._counts.uses(layer, CHECK)
-        seen = self._used[victim.layer][victim.expert]
-        for number in missed[:CHECKS_PER_LAYER]:
-            more = uses[number] - theirs
-            expert, here = ExpertId(layer, number), self._used[layer][number]
-            self._open.append((self._pass, expert, here, victim, seen, more))
+        few = list(missed[:CHECKS_PER_LAYER])
+        theirs, uses = self._uses(victim, CHECK), self._counts.uses(layer, CHECK)[few]
+        self._watch(layer, few, (uses - theirs).tolist(), victim)
 
     def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
         """Remember an expert beside its victim, to count both's uses later."""
         more = self._uses(expert, CHECK) - self._uses(victim, CHECK)
-        here = self._used[expert.layer][expert.expert]
-        seen = self._used[victim.layer][victim.expert]
-        self._open.append((self._pass, expert, here, victim, seen, more))
+        self._watch(expert.layer, [expert.expert], [more], victim)
+
+    def _watch(self, layer: int, experts: list[int], more: list[float], victim: ExpertId) -> None:
+        here = self._used[layer, experts]
+        watched = _Watched(self._pass, layer, experts, here, victim, self._used[victim], more)
+        self._open.append(watched)
 
     def end_pass(self) -> None:
         """A decode pass is over: close what has been watched long enough."""
         self._pass += 1
-        while self._open and self._pass - self._open[0][0] >= CHECK_PASSES:
-            _, expert, here, victim, seen, more = self._open.popleft()
-            came = self._used[expert.layer][expert.expert] - here
-            came -= self._used[victim.layer][victim.expert] - seen
-            self._matched += more * came
-            self._squared += more * more
+        while self._open and self._pass - self._open[0].since_pass >= CHECK_PASSES:
+            _, layer, experts, here, victim, seen, more = self._open.popleft()
+            came = self._used[layer, experts] - here - (self._used[victim] - seen)
+            for expected, true in zip(more, came.tolist(), strict=True):
+                self._matched += expected * true
+                self._squared += expected * expected
         if self._squared > FORGET_AT:
             self._matched, self._squared = self._matched / 2, self._squared / 2
         if self._check:
             self.trust = max(0.0, min(MOST_TRUST, self._matched / self._squared))
 
-    def saved(self, layer: int) -> Callable[[int], float]:
-        """Return the uses that a slot saves an expert of this layer beyond those it costs the
-        victim, as a function of the expert's number; it holds until the next event."""
-        uses, theirs, trust = self._counts.uses(layer, STAY), self._victim_uses, self.trust
-        return lambda number: trust * (uses[number] - theirs)
+    def saved(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
+        """Return the uses that a slot saves each of these experts of a layer beyond those it costs
+        the victim."""
+        uses: Floats = self._counts.uses(layer, STAY)[experts]
+        return self.trust * (uses - self._victim_uses)
+
+    def saved_of(self, expert: ExpertId) -> float:
+        """Return the same for one expert."""
+        return self.trust * (self._uses(expert, STAY) - self._victim_uses)
 
     def saved_beside(self, expert: ExpertId, victim: ExpertId) -> float:
         """Return the same for one expert and a victim of its own."""
@@ -120,4 +125,17 @@ class SlotValue:
         return self._victim_uses * min(1.0, passes / self._passes)
 
     def _uses(self, expert: ExpertId, horizon: int) -> float:
-        return self._counts.uses(expert.layer, horizon)[expert.expert]
+        return float(self._counts.uses(expert.layer, horizon)[expert.expert])
+
+
+class _Watched(NamedTuple):
+    """Missed experts of a layer beside their victim: uses of each at that pass, and how many more
+    each was expected to have than the victim by the check."""
+
+    since_pass: int
+    layer: int
+    experts: list[int]
+    here: Experts
+    victim: ExpertId
+    seen: int
+    more: list[float]

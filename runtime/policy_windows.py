@@ -1,4 +1,4 @@
-"""When the next layers will be routed and when the CPU works until then: what copies must fit in.
+"""What is copied ahead: what fits before the next layers are routed and pays, CPU work minded.
 
 Pure arithmetic on seconds.
 """
@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.compiled import compiled
+
+Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
 
 SHARE = 0.05
 
@@ -73,25 +81,100 @@ class Window(NamedTuple):
     next_link_until_s: float
     second_s: float
 
-    def lands_s(self, begin_s: float, copy_s: float) -> float:
-        """Return when a copy lands that lets the next layer's demands go first."""
-        before_s = max(0.0, min(copy_s, self.next_s - begin_s))
-        if before_s == copy_s:
-            return begin_s + copy_s
-        return max(begin_s, self.next_link_until_s) + copy_s - before_s
 
-    def beside_cpu_s(self, begin_s: float, end_s: float) -> float:
-        """Seconds of a copy from `begin_s` to `end_s` during which the CPU works as well."""
-        now = min(end_s, self.cpu_until_s) - max(begin_s, self.now_s)
-        later = min(end_s, self.next_cpu_until_s) - max(begin_s, self.next_s)
-        return max(0.0, now) + max(0.0, later)
+class Copies(NamedTuple):
+    """What copies ahead into one layer cost and bring, in seconds.
 
-    def lands_held_s(self, begin_s: float, copy_s: float) -> float:
-        """Return when a copy lands that pauses while the CPU works."""
-        at_s = max(begin_s, self.cpu_until_s)
-        if at_s < self.next_s:
-            if at_s + copy_s <= self.next_s:
-                return at_s + copy_s
-            copy_s -= self.next_s - at_s
-            at_s = self.next_s
-        return max(at_s, self.next_cpu_until_s) + copy_s
+    Each takes `copy_s` on the link. One miss less saves the layer `saved_s`; of what a guess
+    promises the share `kept` comes true. Working beside a copy costs the CPU `beside_price` of
+    that time. Copies are `held` while the CPU works, or go on; those for the `next` layer are
+    waited for when it is routed, those for the one after it let its demands go first.
+    """
+
+    copy_s: float
+    saved_s: float
+    kept: float
+    beside_price: float
+    held: bool
+    next: bool
+
+
+def choose(
+    use: Floats, later: Floats, at_s: float, window: Window, copies: Copies
+) -> tuple[list[int], list[float], float]:
+    """Choose what to copy from `at_s` on, when the link is free, as long as each pays.
+
+    Guesses come in order: `use` is how likely each is used in that layer, `later` how many more
+    uses its slot saves after that. Returns the places of those chosen, what each is hoped to save
+    in uses of that layer, and when the link is free again.
+    """
+    places, hopes = np.empty(len(use), np.int64), np.empty(len(use))
+    chosen, at_s = _choose(use, later, at_s, window, copies, places, hopes)
+    return places[:chosen].tolist(), hopes[:chosen].tolist(), at_s
+
+
+@compiled
+def _choose(
+    use: Floats,
+    later: Floats,
+    at_s: float,
+    window: Window,
+    copies: Copies,
+    places: Places,
+    hopes: Floats,
+) -> tuple[int, float]:
+    deadline_s = window.next_s if copies.next else window.second_s
+    begins_s, lands_s, in_time, price_s = -1.0, 0.0, 0.0, 0.0
+    chosen = 0
+    for place in range(len(use)):
+        if at_s >= deadline_s:
+            break
+        if begins_s != at_s:
+            begins_s = at_s
+            if copies.held:
+                lands_s = _lands_held_s(window, at_s, copies.copy_s)
+            else:
+                # A copy for the next layer goes on when that is routed: it is waited for.
+                lands_s = at_s + copies.copy_s
+                if not copies.next:
+                    lands_s = _lands_s(window, at_s, copies.copy_s)
+                price_s = copies.beside_price * _beside_cpu_s(window, at_s, lands_s)
+            late_s = lands_s - deadline_s
+            in_time = 1.0 if late_s <= 0.0 else max(0.0, 1.0 - late_s / copies.saved_s)
+            if in_time == 0.0:
+                break
+        if (use[place] * in_time * copies.kept + later[place]) * copies.saved_s > price_s:
+            places[chosen] = place
+            hopes[chosen] = use[place] * in_time
+            chosen += 1
+            at_s = lands_s
+    return chosen, at_s
+
+
+@compiled
+def _lands_s(window: Window, begin_s: float, copy_s: float) -> float:
+    """Return when a copy lands that lets the next layer's demands go first."""
+    before_s = max(0.0, min(copy_s, window.next_s - begin_s))
+    if before_s == copy_s:
+        return begin_s + copy_s
+    return max(begin_s, window.next_link_until_s) + copy_s - before_s
+
+
+@compiled
+def _beside_cpu_s(window: Window, begin_s: float, end_s: float) -> float:
+    """Seconds of a copy from `begin_s` to `end_s` during which the CPU works as well."""
+    now_s = min(end_s, window.cpu_until_s) - max(begin_s, window.now_s)
+    later_s = min(end_s, window.next_cpu_until_s) - max(begin_s, window.next_s)
+    return max(0.0, now_s) + max(0.0, later_s)
+
+
+@compiled
+def _lands_held_s(window: Window, begin_s: float, copy_s: float) -> float:
+    """Return when a copy lands that pauses while the CPU works."""
+    at_s = max(begin_s, window.cpu_until_s)
+    if at_s < window.next_s:
+        if at_s + copy_s <= window.next_s:
+            return at_s + copy_s
+        copy_s -= window.next_s - at_s
+        at_s = window.next_s
+    return max(at_s, window.next_cpu_until_s) + copy_s

@@ -6,14 +6,14 @@ sure the choice is; a logistic curve per (layer, distance) turns that margin int
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.trace import Guess, Prediction
+from runtime.trace import Prediction, Scores
 
 MIN_PROBABILITY = 0.02
 """Where several tokens are merged, less likely experts are not worth a guess."""
@@ -28,8 +28,10 @@ class Curve:
     slope: float
     offset: float
 
-    def at(self, margin: float) -> float:
-        return 1.0 / (1.0 + math.exp(min(_EXPONENT_MAX, -self.slope * margin - self.offset)))
+    def at(self, margins: Scores) -> Scores:
+        """Return the probabilities at several margins."""
+        exponents = np.minimum(_EXPONENT_MAX, -self.slope * margins - self.offset)
+        return np.asarray(1.0 / (1.0 + np.exp(exponents)))
 
 
 @dataclass(frozen=True)
@@ -78,32 +80,26 @@ def predictions_from(
 ) -> tuple[Prediction, ...]:
     """Return what `rank` chose; `targets` are (layer, distance), `flat` is `ranked.flat` as the
     host has read it already, None: it is fetched now."""
-    numbers = (ranked.flat if flat is None else flat).tolist()
-    made, begin, half, exp = [], 0, len(numbers) // 2, math.exp
+    numbers = (ranked.flat if flat is None else flat).cpu().double().numpy()
+    made, begin, half = [], 0, len(numbers) // 2
     for (layer, distance), top_k, curve, count in zip(
         targets, top_ks, curves, ranked.counts, strict=True
     ):
         values = numbers[begin : begin + count]
-        experts = numbers[half + begin : half + begin + count]
+        experts = numbers[half + begin : half + begin + count].astype(np.int64)
         begin += count
-        pairs = zip(experts, values, strict=True)
         if ranked.probabilities:
-            guesses = [Guess(int(e), p) for e, p in pairs if p > MIN_PROBABILITY]
+            likely = int((values > MIN_PROBABILITY).sum())  # the likeliest come first
+            made.append(Prediction(layer, distance, experts[:likely], values[:likely]))
         else:
-            # `Curve.at`, written out: this runs for every guess of every token.
-            slope, top = curve.slope, _EXPONENT_MAX
-            shift = slope * _boundary(values, top_k) - curve.offset
-            guesses = [
-                Guess(int(e), 1.0 / (1.0 + exp(min(top, shift - slope * value))))
-                for e, value in pairs
-            ]
-        made.append(Prediction(layer, distance, tuple(guesses)))
+            margins = values - _boundary(values, top_k)
+            made.append(Prediction(layer, distance, experts, curve.at(margins)))
     return tuple(made)
 
 
-def _boundary(values: Sequence[float], top_k: int) -> float:
+def _boundary(values: Scores, top_k: int) -> float:
     """The middle between the k-th and the next of values in falling order."""
-    return (values[top_k - 1] + values[min(top_k, len(values) - 1)]) / 2
+    return float((values[top_k - 1] + values[min(top_k, len(values) - 1)]) / 2)
 
 
 def margins(scores: Tensor, top_k: int) -> Tensor:

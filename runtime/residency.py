@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from runtime.cache import CacheTable, SlotState
 from runtime.core import ExpertId
+from runtime.eviction import Floats
 from runtime.policy import Moment, Policy, Routed, Wish
 from runtime.residency_books import Books
 from runtime.residency_layer import OpenLayer, Steps
-from runtime.scheduler import Miss
 from runtime.telemetry import Counters
 from runtime.trace import LayerStep, Prediction
 from runtime.transfer_queue import (
@@ -30,6 +32,7 @@ from runtime.transfer_queue import (
 )
 
 COPY_ATTEMPTS = 2
+NOTHING = Steps()
 
 
 class Residency:
@@ -82,42 +85,46 @@ class Residency:
         for `ahead` to say, once the layer's own work is on its way.
         """
         assert self._open is None, f"layer {self._open} is still open"
-        hits: list[tuple[ExpertId, int]] = []
-        hit: list[Miss] = []
-        coming: list[Miss] = []
-        misses: list[Miss] = []
-        cache, books, expected = self.cache, self.books, self.books.expected(layer)
-        for number, tokens in step.demands.items():
-            expert = ExpertId(layer, number)
-            weight = 1.0 if step.recency is None else step.recency.get(number, 0.0)
-            cache.eviction.used(expert, self.token, weight)
-            place = cache.find(expert)
-            if place is not None:
-                slot = cache.slot(place)
-                if slot.state is SlotState.READY:
-                    cache.pin(place)
-                    books.hit(slot, number in expected)
-                    hits.append((expert, place))
-                    hit.append(Miss(number, tokens))
-                    continue
-            books.missed(number in expected)
-            started = place is not None and expert not in moment.queue.unstarted
-            (coming if started else misses).append(Miss(number, tokens))
-        books.routed(step)
-        routed = Routed(layer, tuple(hit), tuple(coming), tuple(misses))
+        cache, demands, unstarted = self.cache, step.demands, moment.queue.unstarted
+        here, slots = cache.here(layer), cache.slots
+        hits: list[int] = []
+        coming: list[int] = []
+        misses: list[int] = []
+        compute: list[tuple[ExpertId, int]] = []
+        for number in demands:
+            place = here.get(number)
+            if place is None:
+                misses.append(number)
+                continue
+            slot = slots[place]
+            assert slot.expert is not None
+            if slot.state is SlotState.READY:
+                hits.append(number)
+                compute.append((slot.expert, place))
+                if slot.unused_prefetch_bytes:
+                    self.books.found(slot)
+            else:
+                (misses if slot.expert in unstarted else coming).append(number)
+        chosen = np.fromiter(demands, np.int64, len(demands))
+        cache.eviction.used_all(layer, chosen, self.token, _weights(step))
+        if hits:
+            cache.pin_all(layer, hits)
+        self.books.routed(layer, step, [*coming, *misses])
+        routed = Routed(layer, demands, chosen, hits, coming, misses)
         plan = self.policy.place(routed, moment)
         opened = self._open = OpenLayer(layer, routed, plan, step.predictions, moment)
-        opened.to_compute.update([expert for expert, _ in hits])
-        if not (coming or misses or plan.along or moment.queue.unstarted):
-            return Steps((), tuple(hits))
+        opened.to_compute.update([expert for expert, _ in compute])
+        if not (coming or misses or plan.along or unstarted):
+            return Steps((), tuple(compute))
         orders: list[Order] = []
         if plan.hold:
             opened.held = True
             orders.append(Hold(True))
-        for miss in coming:
-            if miss.expert not in plan.cpu:
-                self._join(ExpertId(layer, miss.expert), orders)
-        orders += self._drop_unwanted(layer, plan.load, moment.queue.unstarted)
+        for number in coming:
+            if number not in plan.cpu:
+                self._join(ExpertId(layer, number), orders)
+        if unstarted:
+            orders += self._drop_unwanted(layer, plan.load, unstarted)
         for number in plan.load:
             expert = ExpertId(layer, number)
             if cache.holds(expert):
@@ -131,7 +138,7 @@ class Residency:
             opened.for_slot.extend(sorted(opened.along))
         cpu = self._to_cpu([ExpertId(layer, number) for number in plan.cpu])
         orders += self._fill_slots()
-        return Steps(tuple(orders), tuple(hits), cpu)
+        return Steps(tuple(orders), tuple(compute), cpu)
 
     def ahead(self) -> Steps:
         """Choose what to copy while the open layer is served, as it was when it was routed."""
@@ -146,16 +153,18 @@ class Residency:
         """Give up every copy under way that nobody waits for."""
         return Steps(tuple(Cancel(expert) for expert in self.cache.unawaited()))
 
-    def computed(self, expert: ExpertId) -> Steps:
-        """Note that an expert's compute was launched: its slot may be filled anew.
+    def computed(self, experts: Sequence[ExpertId]) -> Steps:
+        """Note that the compute of these was launched: their slots may be filled anew.
 
-        The driver has recorded the slot's last-read fence, which the next copy waits for.
+        The driver has recorded the slots' last-read fences, which the next copies wait for.
         """
-        assert self._open is not None
-        assert expert in self._open.to_compute, expert
-        self._open.to_compute.discard(expert)
-        self._unpin(expert)
-        return Steps(self._fill_slots())
+        opened = self._open
+        assert opened is not None
+        assert opened.to_compute.issuperset(experts), experts
+        opened.to_compute.difference_update(experts)
+        self.cache.unpin_all(opened.layer, [number for _, number in experts])
+        self._trim()
+        return Steps(self._fill_slots()) if opened.for_slot else NOTHING
 
     def ended(self, event: TransferEnded) -> Steps:
         """Note that a transfer landed, was cancelled or failed."""
@@ -332,3 +341,10 @@ class Residency:
     def _trim(self) -> None:
         for evicted in self.cache.trim():
             self.books.evicted(evicted)
+
+
+def _weights(step: LayerStep) -> Floats | None:
+    """Return the recency weights of a layer's routed experts, if its step has any."""
+    if step.recency is None:
+        return None
+    return np.array([step.recency.get(number, 0.0) for number in step.demands])

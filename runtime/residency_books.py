@@ -5,7 +5,7 @@ Counts go to `Counters`, which telemetry reads. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 from runtime.cache import Slot
 from runtime.telemetry import Counters
@@ -23,32 +23,28 @@ class Books:
     def expect(self, predictions: Sequence[Prediction]) -> None:
         """Remember who was predicted, to say later which misses could have been foreseen."""
         for prediction in predictions:
-            self.counters.guesses += len(prediction.guesses)
+            self.counters.guesses += len(prediction.experts)
             named = self._expected.setdefault(prediction.layer, set())
-            named.update([expert for expert, _ in prediction.guesses])
+            named.update(prediction.experts.tolist())
 
-    def expected(self, layer: int) -> Set[int]:
-        """Return who was predicted for a layer, once."""
-        return self._expected.pop(layer, set())
-
-    def routed(self, step: LayerStep) -> None:
-        """A layer's router chose; others are predicted with it."""
+    def routed(self, layer: int, step: LayerStep, missed: Sequence[int]) -> None:
+        """A layer's router chose; `missed` had not landed. Others are predicted with it."""
         self.counters.routed += len(step.demands)
+        self.counters.served_resident += len(step.demands) - len(missed)
+        expected = self._expected.pop(layer, None)
+        if expected and missed:
+            self.counters.misses_predicted += len(expected.intersection(missed))
         self.expect(step.predictions)
 
-    def missed(self, expected: bool) -> None:
-        """A routed expert was in no slot."""
-        self.counters.misses_predicted += expected
-
-    def hit(self, slot: Slot, expected: bool) -> None:
-        """A routed expert was in its slot; a prefetched one is used now."""
-        if not slot.unused_prefetch_bytes:
-            self.counters.served_resident += 1
-            return
+    def found(self, slot: Slot) -> None:
+        """An expert is used, for the first time, that a prefetch brought in time."""
+        self.counters.served_resident -= 1
         self.counters.served_prefetch_in_time += 1
         self.counters.link_bytes_prefetch_used += slot.unused_prefetch_bytes
         self.counters.prefetches_used += 1
-        self.counters.misses_predicted += expected
+        assert slot.expert is not None
+        expected = self._expected.get(slot.expert.layer, ())
+        self.counters.misses_predicted += slot.expert.expert in expected
         slot.unused_prefetch_bytes = 0
 
     def awaited(self, slot: Slot, event: TransferEnded) -> None:

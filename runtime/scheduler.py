@@ -6,18 +6,19 @@ cost. The plan never changes which experts are computed, only when and where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.compiled import compiled
 from runtime.core import HardwareProfile
 
-
-class Miss(NamedTuple):
-    """An expert of this layer, mostly one that no slot holds, and its number of tokens."""
-
-    expert: int
-    tokens: int
+Experts = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 class MissPlan(NamedTuple):
@@ -72,6 +73,20 @@ class Costs:
             profile.disk_call_s.value,
         )
 
+    @cached_property
+    def rails(self) -> tuple[float, ...]:
+        """What `split_least_makespan` goes by, in the order in which it takes it."""
+        return (
+            float(self.link_bytes_per_s),
+            float(self.link_call_s),
+            float(self.cpu_bytes_per_s),
+            float(self.cpu_bytes_per_s_while_copying),
+            float(self.cpu_call_s),
+            float(self.cpu_tokens_per_pass),
+            float(self.device_bytes_per_s),
+            float(self.device_tokens_per_pass),
+        )
+
     def scaled(self, link: float, cpu: float) -> Costs:
         """Return these costs with the rails slower by these factors."""
         return replace(
@@ -108,96 +123,128 @@ class Costs:
         return self.device_layer_s * (1 + (tokens - 1) / self.device_tokens_per_pass)
 
 
+class Split(NamedTuple):
+    """How misses are split: in the order of `experts` the first `fetched` go over the link, the
+    others to the CPU, whose work costs as much as reading `cpu_bytes`."""
+
+    experts: tuple[int, ...]
+    fetched: int
+    cpu_bytes: float
+
+    @property
+    def plan(self) -> MissPlan:
+        return MissPlan(self.experts[: self.fetched], self.experts[self.fetched :])
+
+
 def split_least_makespan(
-    misses: Sequence[Miss],
+    misses: Sequence[int],
+    tokens: Sequence[int],
     size_bytes: int,
     costs: Costs,
     ahead_s: float = 0.0,
     busy_s: float = 0.0,
-    worth: Callable[[int], float] = lambda expert: 0.0,
-    bonus_s: Callable[[int], float] = lambda expert: 0.0,
-    device_s: Callable[[int], float] = lambda tokens: 0.0,
-) -> MissPlan:
+    worth: Sequence[float] | Floats = (),
+    bonus_s: Sequence[float] | Floats = (),
+    *,
+    landing: bool = False,
+) -> Split:
     """Split misses between link and CPU so that the later of the two ends soonest.
 
-    `ahead_s` is how long the link is taken already, `busy_s` how long the layer lasts anyway, and
-    `device_s` how long the device computes a fetched expert with so many tokens: it begins when
-    the host is back from the CPU's work, the last one not before it landed.
+    `tokens` is how many each miss has. `ahead_s` is how long the link is taken already, `busy_s`
+    how long the layer lasts anyway. With `landing` the device's time for fetched experts counts
+    too: it begins when the host is back from the CPU's work, the last one not before it landed.
     Experts with many tokens go over the link, where tokens are cheap, then those with more
     `worth` in the cache; ties go to the CPU, which needs no slot. While anything is copied the
     CPU runs at its slower shared rate. A fetched expert stays in a slot: `bonus_s` is what that
     is worth later. After the latency-aware split of reactive hybrid engines: minimise the larger
     of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
     """
-    if len(misses) == 1:
-        ordered: Sequence[Miss] = misses
-    else:
-        ordered = sorted(misses, key=lambda m: (-m.tokens, -worth(m.expert), m.expert))
-    tokens = tuple(miss.tokens for miss in ordered)
-    bonuses_s = tuple(bonus_s(miss.expert) for miss in ordered)
-    devices_s = tuple(map(device_s, tokens))
-    fetched = _best_split(tokens, bonuses_s, devices_s, size_bytes, costs, ahead_s, busy_s)
-    experts = tuple(miss.expert for miss in ordered)
-    return MissPlan(experts[:fetched], experts[fetched:])
+    experts = np.array(misses, np.int64)
+    rows = np.zeros((3, len(experts)))  # tokens, worth, bonus
+    rows[0] = tokens
+    if len(worth):
+        rows[1] = worth
+    if len(bonus_s):
+        rows[2] = bonus_s
+    if len(experts) > 1:
+        order = np.lexsort((experts, -rows[1], -rows[0]))
+        experts, rows = experts[order], np.take(rows, order, axis=1)
+    fetched, cpu_bytes = _least_makespan(
+        rows[0], rows[2], float(size_bytes), float(ahead_s), float(busy_s), landing, *costs.rails
+    )
+    return Split(tuple(experts.tolist()), fetched, cpu_bytes)
 
 
-def _best_split(
-    tokens: Sequence[int],
-    bonuses_s: Sequence[float],
-    devices_s: Sequence[float],
-    size_bytes: int,
-    costs: Costs,
+@compiled
+def _least_makespan(
+    tokens: Floats,
+    bonuses_s: Floats,
+    size_bytes: float,
     ahead_s: float,
     busy_s: float,
-) -> int:
-    """Return how many of the experts with these tokens, in this order, go over the link."""
-    per_token = size_bytes / costs.cpu_tokens_per_pass
-    base = size_bytes - per_token
-    work = [base + per_token * count for count in tokens]
-    left_bytes = sum(work)
-    left_bonus_s, bonus_s = sum(bonuses_s), 0.0
-    device_s = last_s = 0.0
-    slow, fast = costs.cpu_bytes_per_s_while_copying, costs.cpu_bytes_per_s
-    best, best_s = 0, float("inf")
+    landing: bool,
+    link_bytes_per_s: float,
+    link_call_s: float,
+    cpu_bytes_per_s: float,
+    cpu_bytes_per_s_while_copying: float,
+    cpu_call_s: float,
+    cpu_tokens_per_pass: float,
+    device_bytes_per_s: float,
+    device_tokens_per_pass: float,
+) -> tuple[int, float]:
+    """Return how many of the experts with these tokens, in this order, go over the link, and the
+    CPU's work for the others in bytes."""
     count = len(tokens)
+    per_token = size_bytes / cpu_tokens_per_pass
+    base = size_bytes - per_token
+    left_bytes = left_bonus_s = 0.0
+    for place in range(count):
+        left_bytes += base + per_token * tokens[place]
+        left_bonus_s += bonuses_s[place]
+    bonus_s = device_s = last_s = 0.0
+    slow, fast = cpu_bytes_per_s_while_copying, cpu_bytes_per_s
+    best, best_s, copying_from_s = 0, np.inf, max(ahead_s, link_call_s)
     for fetched in range(count + 1):
-        link_s = costs.link_s(size_bytes, fetched, ahead_s) if fetched else 0.0
+        link_s = copying_from_s + fetched * size_bytes / link_bytes_per_s if fetched else 0.0
         cpu_s = 0.0
         if fetched < count:
             shared_bytes = min(left_bytes, (link_s if fetched else ahead_s) * slow)
-            cpu_s = costs.cpu_call_s + shared_bytes / slow + (left_bytes - shared_bytes) / fast
+            cpu_s = cpu_call_s + shared_bytes / slow + (left_bytes - shared_bytes) / fast
         total_s = max(link_s + last_s, max(cpu_s, busy_s) + device_s) - bonus_s
         if total_s < best_s:
             best, best_s = fetched, total_s
         if fetched < count:
-            left_bytes -= work[fetched]
-            last_s = devices_s[fetched]
-            device_s += last_s
+            left_bytes -= base + per_token * tokens[fetched]
+            if landing:
+                last_s = size_bytes / device_bytes_per_s
+                last_s *= 1 + (tokens[fetched] - 1) / device_tokens_per_pass
+                device_s += last_s
             bonus_s += bonuses_s[fetched]
             left_bonus_s -= bonuses_s[fetched]
         if link_s - bonus_s - left_bonus_s >= best_s:
             break  # more copies only make it later
-    return best
+    cpu_bytes = 0.0
+    for place in range(best, count):
+        cpu_bytes += size_bytes * (1 + (tokens[place] - 1) / cpu_tokens_per_pass)
+    return best, cpu_bytes
 
 
-def split_by_share(
-    misses: Sequence[Miss], costs: Costs, worth: Callable[[int], float] = lambda expert: 0.0
-) -> MissPlan:
+def split_by_share(misses: Sequence[int], costs: Costs, worth: Sequence[float] = ()) -> MissPlan:
     """Split misses by the rails' rates alone, as FreeToken does (arXiv 2608.16157).
 
     The fetched number is the integer beside share x misses with the smaller
     max(F (1 - share), (M - F) share), share being the link's part of the two rates while both
     run. No constants, no tokens.
     """
-    ordered = sorted(misses, key=lambda m: (-worth(m.expert), m.expert))
+    values = worth if len(worth) else (0.0,) * len(misses)
+    experts = tuple(e for _, e in sorted(zip((-v for v in values), misses, strict=True)))
     both = costs.link_bytes_per_s + costs.cpu_bytes_per_s_while_copying
     share = costs.link_bytes_per_s / both
-    count = len(ordered)
+    count = len(experts)
     low = min(count, int(share * count))
 
     def cost(fetched: int) -> float:
         return max(fetched * (1 - share), (count - fetched) * share)
 
     fetched = min((low, min(count, low + 1)), key=cost)
-    experts = tuple(miss.expert for miss in ordered)
     return MissPlan(experts[:fetched], experts[fetched:])

@@ -7,7 +7,6 @@ Hit rates of per-layer caches and recall of router lookahead are those of publis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from runtime.synthetic_lookahead import DISTANCES, RouterLookahead
 from runtime.synthetic_routing import Floats, RoutingProcess, top_k
 from runtime.synthetic_statistics import STATISTICS, Lookahead, RoutingStatistics
-from runtime.trace import ForwardPass, Guess, LayerStep, Prediction, Trace
+from runtime.trace import ForwardPass, LayerStep, Prediction, Trace
 
 __all__ = ["STATISTICS", "Lookahead", "RoutingStatistics", "synthetic_trace"]
 
@@ -127,13 +126,12 @@ class _Chats:
         counts = (scores > 0.0).sum(axis=-1).tolist()
         found: list[_Guesses] = [{} for _ in range(needed.shape[1])]
         for index, distance in enumerate(DISTANCES):
-            ranked = (best[index].tolist(), scores[index].tolist(), counts[index])
+            ranked = (best[index], scores[index], counts[index])
             for guessed, *row in zip(found, *ranked, strict=True):
                 for layer, (ids, ps, count) in enumerate(zip(*row, strict=True)):
                     if layer < distance - 1:
                         continue
-                    pairs = zip(ids[:count], ps, strict=False)
-                    prediction = Prediction(layer, distance, tuple(starmap(Guess, pairs)))
+                    prediction = Prediction(layer, distance, ids[:count], ps[:count])
                     guessed.setdefault(layer - distance, []).append(prediction)
         return found
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.errors import ModelFilesError
+
+Experts = NDArray[np.int64]
+Scores = NDArray[np.float64]
 
 FORMAT_VERSION = 1
 
@@ -25,13 +31,45 @@ class Guess(NamedTuple):
     probability: float
 
 
-@dataclass(frozen=True)
 class Prediction:
-    """Guesses for MoE layer `layer`, made `distance` layers before it; the likeliest first."""
+    """Guesses for MoE layer `layer`, made `distance` layers before it; the likeliest first.
 
-    layer: int
-    distance: int
-    guesses: tuple[Guess, ...]
+    `experts` and `scores` are arrays of the guesses' experts and the predictor's own scores for
+    them, 0 to 1; nobody changes them.
+    """
+
+    __slots__ = ("distance", "experts", "layer", "scores")
+
+    def __init__(self, layer: int, distance: int, experts: Experts, scores: Scores) -> None:
+        assert experts.shape == scores.shape, (experts.shape, scores.shape)
+        self.layer = layer
+        self.distance = distance
+        self.experts = experts
+        self.scores = scores
+
+    @classmethod
+    def of(cls, layer: int, distance: int, guesses: Sequence[Guess]) -> Prediction:
+        """Put guesses one by one into arrays."""
+        experts = np.array([guess.expert for guess in guesses], np.int64)
+        return cls(layer, distance, experts, np.array([guess.probability for guess in guesses]))
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        """The guesses one by one."""
+        return tuple(map(Guess, self.experts.tolist(), self.scores.tolist()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prediction) and (self.layer, self.distance, self.guesses) == (
+            other.layer,
+            other.distance,
+            other.guesses,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.layer, self.distance, self.guesses))
+
+    def __repr__(self) -> str:
+        return f"Prediction({self.layer}, {self.distance}, {self.guesses})"
 
 
 @dataclass(frozen=True)
@@ -150,6 +188,6 @@ def _predictions_to_json(predictions: Sequence[Prediction]) -> list[Any]:
 
 def _predictions_from_json(values: list[Any]) -> tuple[Prediction, ...]:
     return tuple(
-        Prediction(layer, distance, tuple(Guess(e, p) for e, p in guesses))
+        Prediction.of(layer, distance, [Guess(e, p) for e, p in guesses])
         for layer, distance, guesses in values
     )

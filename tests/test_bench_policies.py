@@ -164,7 +164,7 @@ def random_passes(draw: random.Random, layers: int, experts: int) -> list[Forwar
 
         def guess(layer: int, distance: int, wanted: list[dict[int, int]] = wanted) -> Prediction:
             likely = [e for e in wanted[layer] if draw.random() < 0.7] or [0]
-            return Prediction(layer, distance, tuple(Guess(e, draw.random()) for e in likely))
+            return Prediction.of(layer, distance, tuple(Guess(e, draw.random()) for e in likely))
 
         steps = tuple(
             LayerStep(

@@ -6,11 +6,13 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import eviction_next_use
 from runtime.core import ExpertId
 from runtime.errors import ConfigError
 from runtime.eviction import Eviction
@@ -177,7 +179,7 @@ def test_decayed_frequency_equals_the_naive_sum_over_all_uses(seed: int) -> None
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_expected_next_use_equals_the_rule_recomputed_from_every_use(seed: int) -> None:
-    rule = ExpectedNextUse(LAYERS)
+    rule = ExpectedNextUse((EXPERTS,) * LAYERS)
 
     def judge(
         ledger: Ledger, may_go: set[ExpertId], victim: ExpertId, now: float, layer: int
@@ -197,7 +199,7 @@ def test_expected_next_use_equals_the_rule_recomputed_from_every_use(seed: int) 
 def test_hearing_who_is_fixed_changes_no_victim(seed: int) -> None:
     """One rule is told who must stay and one only asked about everybody: both name the same."""
     draw, now = random.Random(seed), 0.0
-    told, asked = ExpectedNextUse(LAYERS), ExpectedNextUse(LAYERS)
+    told, asked = ExpectedNextUse((EXPERTS,) * LAYERS), ExpectedNextUse((EXPERTS,) * LAYERS)
     residents: set[ExpertId] = set()
     fixed: set[ExpertId] = set()
     victims = 0
@@ -241,7 +243,7 @@ def test_hearing_who_is_fixed_changes_no_victim(seed: int) -> None:
 
 @pytest.mark.parametrize("rate", [0.05, 0.25, 1.0])
 def test_the_rate_of_use_is_what_it_is(rate: float) -> None:
-    rule, draw = ExpectedNextUse(1, (64.0, 512.0), (0.5, 0.5)), random.Random(1)
+    rule, draw = ExpectedNextUse((EXPERTS,), (64.0, 512.0), (0.5, 0.5)), random.Random(1)
     found = []
     for now in range(6000):
         rule.used(ALL[1], float(now))  # the layer's turn
@@ -404,7 +406,7 @@ def test_in_a_cycle_expected_next_use_keeps_a_share_where_lru_keeps_nothing(shar
     layers, experts = 12, 16
     passes = [[list(range(experts)) for _ in range(layers)] for _ in range(40)]
     slots = int(share * layers * experts)
-    ours = serve(ExpectedNextUse(layers), passes, slots, warm_up=4)
+    ours = serve(ExpectedNextUse((experts,) * layers), passes, slots, warm_up=4)
     # A layer's own experts must all be here at once, so up to one layer's worth turns over.
     assert (slots - experts) / (layers * experts) <= ours <= share
     assert serve(Lru(), passes, slots, warm_up=4) == 0.0
@@ -433,35 +435,96 @@ def test_frequency_rules_beat_lru_where_the_skew_is_fixed() -> None:
     passes = skewed(400, 6, 32, 4)
     lru, frequency, ours, s3 = (
         serve(rule, passes, 48, warm_up=100)
-        for rule in (Lru(), DecayedFrequency(), ExpectedNextUse(6), S3Fifo())
+        for rule in (Lru(), DecayedFrequency(), ExpectedNextUse((32,) * 6), S3Fifo())
     )
     assert frequency > lru + 0.02
     assert ours > lru + 0.02
     assert s3 > lru + 0.02
 
 
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every layer that expected next use looks through."""
+    found: list[int] = []
+    search = eviction_next_use._next
+
+    def counted(*arguments: Any) -> int:
+        found.append(1)
+        return search(*arguments)
+
+    interpreted = eviction_next_use._look.py_func  # type: ignore[attr-defined]
+    monkeypatch.setattr(eviction_next_use, "_look", interpreted)
+    monkeypatch.setattr(eviction_next_use, "_next", counted)
+    return found
+
+
 @pytest.mark.parametrize("size", [16, 64])
-def test_work_is_bounded_by_the_calls_whatever_the_number_of_experts(size: int) -> None:
+def test_work_is_bounded_by_the_calls_whatever_the_number_of_experts(
+    size: int, searches: list[int]
+) -> None:
     frequency, calls = DecayedFrequency(), list[int]()
     serve(frequency, skewed(200, 8, size, 4), 2 * size, events=calls)
     assert 0 < frequency.heap_operations <= 2 * calls[0]
-    ours = ExpectedNextUse(8)
+    ours = ExpectedNextUse((size,) * 8)
     serve(ours, skewed(200, 8, size, 4), 2 * size, events=calls)
-    assert 0 < ours.scans <= calls[1]
+    assert 0 < len(searches) <= calls[1]
 
 
-def test_a_use_costs_no_search() -> None:
-    frequency, ours = DecayedFrequency(), ExpectedNextUse(LAYERS)
+def test_a_use_costs_no_search(searches: list[int]) -> None:
+    frequency, ours = DecayedFrequency(), ExpectedNextUse((EXPERTS,) * LAYERS)
     for rule, expert in itertools.product((frequency, ours), ALL):
         rule.admitted(expert, 0.0, prefetched=False)
-    before = frequency.heap_operations, ours.scans
+    before = frequency.heap_operations
     for now, expert in itertools.product(range(50), ALL):
         frequency.used(expert, float(now))
         ours.used(expert, float(now))
-    assert (frequency.heap_operations, ours.scans) == before
+    assert frequency.heap_operations == before
+    assert not searches
 
 
-@pytest.mark.parametrize("rule", [DecayedFrequency(), ExpectedNextUse(LAYERS)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sparing_someone_is_the_same_as_refusing_and_ends_when_nobody_else_is_left(
+    seed: int,
+) -> None:
+    """One rule is told whom to spare and one only asked: both name the same, until one is told
+    that the spared may go as well."""
+    draw, now = random.Random(seed), 0.0
+    told, asked = ExpectedNextUse((EXPERTS,) * LAYERS), ExpectedNextUse((EXPERTS,) * LAYERS)
+    residents: set[ExpertId] = set()
+    spared: dict[int, list[int]] = {}
+    victims = 0
+    for _ in range(600):
+        expert, layer = draw.choice(ALL), draw.randrange(LAYERS)
+        now += draw.choice((0.0, 1.0))
+        match draw.choice(("used", "used", "in", "spare", "victim", "out")):
+            case "used":
+                for rule in (told, asked):
+                    rule.used(expert, now)
+            case "in" if expert not in residents:
+                for rule in (told, asked):
+                    rule.admitted(expert, now, prefetched=False)
+                residents.add(expert)
+            case "out" if expert in residents:
+                for rule in (told, asked):
+                    rule.removed(expert)
+                residents.remove(expert)
+            case "spare":
+                spared[layer] = draw.sample(range(EXPERTS), draw.randrange(EXPERTS + 1))
+                told.spare(layer, spared[layer])
+            case "victim":
+                others = {e for e in residents if e.expert not in spared.get(e.layer, ())}
+                expected = asked.victim(others.__contains__, now, layer)
+                assert told.victim(others.__contains__, now, layer) == expected
+                if others:
+                    assert told.victim(lambda e: True, now, layer) == expected
+                    victims += 1
+                else:
+                    last = asked.victim(lambda e: True, now, layer)
+                    assert told.victim(lambda e: True, now, layer) == last
+    assert victims > 20
+
+
+@pytest.mark.parametrize("rule", [DecayedFrequency(), ExpectedNextUse((EXPERTS,) * LAYERS)])
 def test_an_unused_prefetch_goes_first_once_it_may_and_a_used_one_does_not(rule: Eviction) -> None:
     cold, guess = ExpertId(0, 0), ExpertId(1, 0)
     rule.used(cold, 0.0)
@@ -478,12 +541,12 @@ def test_an_unused_prefetch_goes_first_once_it_may_and_a_used_one_does_not(rule:
 @pytest.mark.parametrize("name", sorted(EVICTIONS))
 def test_every_rule_names_a_victim_exactly_when_someone_may_go(name: str) -> None:
     for seed in SEEDS:
-        replay(make_eviction(name, LAYERS), script(seed), lambda *_: None)
+        replay(make_eviction(name, (EXPERTS,) * LAYERS), script(seed), lambda *_: None)
 
 
 @pytest.mark.parametrize("name", sorted(EVICTIONS))
 def test_an_expert_cannot_get_a_second_slot(name: str) -> None:
-    rule = make_eviction(name, LAYERS)
+    rule = make_eviction(name, (EXPERTS,) * LAYERS)
     rule.admitted(ALL[0], 0.0, prefetched=False)
     with pytest.raises(AssertionError, match="has a slot already"):
         rule.admitted(ALL[0], 1.0, prefetched=False)
@@ -491,4 +554,4 @@ def test_an_expert_cannot_get_a_second_slot(name: str) -> None:
 
 def test_an_unknown_rule_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'fifo'"):
-        make_eviction("fifo", LAYERS)
+        make_eviction("fifo", (EXPERTS,) * LAYERS)

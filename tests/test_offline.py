@@ -153,7 +153,7 @@ def test_no_rule_misses_less(name: str, bypass: bool) -> None:
     for seed, slots in itertools.product(range(5), (1, 3, 6, 10)):
         passes = passes_of(trace := drawn(seed, 30))
         optimum = offline_misses(passes, slots)
-        assert play(trace, slots, make_eviction(name, 3), bypass) >= optimum
+        assert play(trace, slots, make_eviction(name, (16,) * 3), bypass) >= optimum
         assert optimum >= offline_misses(passes, slots, free_start=True)
         assert optimum >= offline_misses(passes, slots + 1)
 
@@ -163,7 +163,7 @@ def test_the_bound_is_tighter_than_chance_and_not_trivial() -> None:
     trace = [[set(draw.sample(range(16), 4)) for _ in range(6)] for _ in range(100)]
     uses = 100 * 6 * 4
     optimum = offline_misses(passes_of(trace), 24)
-    lru = play(trace, 24, make_eviction("lru", 6), bypass=False)
+    lru = play(trace, 24, make_eviction("lru", (16,) * 6), bypass=False)
     assert 0.4 * uses < optimum < 0.55 * uses
     assert 0.7 * uses < lru < 0.8 * uses, "chance is a miss in 72 of 96"
 

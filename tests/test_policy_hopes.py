@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from runtime.core import ExpertId
-from runtime.policy import Moment, Routed
+from runtime.policy import Moment
 from runtime.policy_hopes import Hopes
-from runtime.scheduler import Miss
 from runtime.transfer_queue import QueueState
+from tests.test_policies import routed_of
 
 SIZE = 1000
 HIT, LATE, NOT_USED, REFUSED = 0, 1, 2, 3
@@ -17,14 +17,14 @@ HIT, LATE, NOT_USED, REFUSED = 0, 1, 2, 3
 def moment(left_bytes: int = 0) -> Moment:
     left = {ExpertId(0, LATE): left_bytes} if left_bytes else {}
     queue = QueueState(0.0, left_bytes=left)
-    return Moment(0.0, 1, False, 0.0, 0.0, queue, 0, lambda expert: expert.expert != REFUSED)
+    return Moment(0.0, 1, False, 0.0, 0.0, queue, 0, lambda layer: (HIT, LATE, NOT_USED))
 
 
 def kept_after(hopes: Hopes, uses: dict[int, float], left_bytes: int = 0) -> float:
     for _ in range(200):
         for number, use in uses.items():
             hopes.hope(ExpertId(0, number), use)
-        routed = Routed(0, (Miss(HIT, 1),), (Miss(LATE, 1),), ())
+        routed = routed_of(0, [HIT], [LATE])
         hopes.routed(routed, moment(left_bytes), SIZE)
     return hopes.kept
 

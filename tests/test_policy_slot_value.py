@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from runtime.core import ExpertId
@@ -16,7 +17,7 @@ FAVOURITE, VICTIM = ExpertId(0, 0), ExpertId(0, EXPERTS - 1)
 
 
 def counted(uses: list[float]) -> ExpectedNextUse:
-    eviction = ExpectedNextUse(1)
+    eviction = ExpectedNextUse((EXPERTS,))
     for token in uses:
         eviction.used(FAVOURITE, token)
     return eviction
@@ -31,7 +32,6 @@ def test_who_is_used_in_every_pass_will_be_used_in_every_pass(passes: float) -> 
 
 def test_a_single_use_promises_less_per_pass_the_longer_one_looks_ahead() -> None:
     once = counted([100.0])
-    once.counts.expect([EXPERTS])
     once.counts.look_ahead((1.0, 8.0, 32.0))
     promised = [once.counts.uses(0, horizon)[FAVOURITE.expert] for horizon in range(3)]
     assert 0.0 < promised[0] < promised[1] < promised[2] < 1.5
@@ -42,7 +42,7 @@ def test_a_single_use_promises_less_per_pass_the_longer_one_looks_ahead() -> Non
 def trust_after(seed: int, lasting: bool, passes: int = 300) -> float:
     """Route three experts per pass: from a set that changes now and then, or just anyone."""
     draw = random.Random(seed)
-    eviction = ExpectedNextUse(1)
+    eviction = ExpectedNextUse((EXPERTS,))
     value = SlotValue(eviction, (EXPERTS,))
     hot = draw.sample(range(EXPERTS), 5)
     for token in range(passes):
@@ -51,7 +51,7 @@ def trust_after(seed: int, lasting: bool, passes: int = 300) -> float:
         chosen = draw.sample(hot if lasting else range(EXPERTS), 3)
         for number in chosen:
             eviction.used(ExpertId(0, number), float(token))
-        value.used(0, chosen, float(token), prompt=False)
+        value.used(0, np.array(chosen), float(token), prompt=False)
         rest = [e for e in range(EXPERTS) if e not in chosen]
         value.replaces(ExpertId(0, draw.choice(rest)))
         value.watch(0, chosen)
@@ -66,16 +66,16 @@ def test_estimates_are_trusted_as_far_as_they_came_true() -> None:
 
 
 def test_nothing_counts_as_checked_before_anything_was() -> None:
-    value = SlotValue(ExpectedNextUse(1), (EXPERTS,))
+    value = SlotValue(ExpectedNextUse((EXPERTS,)), (EXPERTS,))
     assert not value.checked
     for token in range(CHECK_PASSES + 1):
-        value.used(0, [0], float(token), prompt=False)
+        value.used(0, np.array([0]), float(token), prompt=False)
         value.replaces(VICTIM)
-        value._counts.used(*FAVOURITE, float(token))
+        value._counts.used(0, np.array([FAVOURITE.expert]), float(token))
         value.watch(0, [0])
         value.end_pass()
     assert value.checked
-    believed = SlotValue(ExpectedNextUse(1), (EXPERTS,), check=False)
+    believed = SlotValue(ExpectedNextUse((EXPERTS,)), (EXPERTS,), check=False)
     assert believed.checked
     assert believed.trust == 1.0
 
@@ -84,8 +84,8 @@ def test_other_rules_than_expected_next_use_are_valued_by_counts_of_our_own() ->
     value = SlotValue(Lru(), (EXPERTS,))
     value.stay_for(8.0)
     for token in range(50):
-        value.used(0, [0], float(token), prompt=False)
+        value.used(0, np.array([0]), float(token), prompt=False)
     assert value.saved_beside(FAVOURITE, VICTIM) > 0.0
     value.replaces(FAVOURITE)
-    assert value.saved(0)(VICTIM.expert) < 0.0
+    assert value.saved(0, [VICTIM.expert])[0] == value.saved_of(VICTIM) < 0.0
     assert 0.0 < value.lost(2.0) < value.lost(4.0)

@@ -29,7 +29,7 @@ class OneGuess(Reactive):
         self.eviction = Lru()
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
-        return MissPlan((), tuple(miss.expert for miss in routed.misses))
+        return MissPlan((), tuple(routed.misses))
 
     def between(self, layer: int, moment: Moment) -> Sequence[Wish]:
         return (Wish(GUESSED, 1.0, 0.9),) if layer == 0 else ()
@@ -38,7 +38,7 @@ class OneGuess(Reactive):
 def moment(residency: Residency, *unstarted: ExpertId) -> Moment:
     queue = QueueState(0.0, unstarted=frozenset(unstarted))
     cache = residency.cache
-    return Moment(0.0, 1, False, 0.0, 0.0, queue, cache.free_slots, cache.holds)
+    return Moment(0.0, 1, False, 0.0, 0.0, queue, cache.free_slots, cache.here)
 
 
 @pytest.mark.parametrize("demands", [(HELD,), (HELD, MISSING)])

@@ -80,14 +80,14 @@ class Wild(Reactive):
     copies_ahead = True
 
     def __init__(self, seed: int, eviction: str) -> None:
-        self.eviction = make_eviction(eviction, LAYERS)
+        self.eviction = make_eviction(eviction, (EXPERTS,) * LAYERS)
         self.draw = random.Random(seed)
 
     def place(self, routed: Routed, moment: Moment) -> MissPlan:
-        missing = [miss.expert for miss in routed.misses]
+        missing = list(routed.misses)
         self.draw.shuffle(missing)
         cut = self.draw.randint(0, len(missing))
-        given_up = [m.expert for m in routed.coming if self.draw.random() < 0.3]
+        given_up = [number for number in routed.coming if self.draw.random() < 0.3]
         along = tuple(range(EXPERTS)) if self.draw.random() < 0.1 else ()
         hold = self.draw.random() < 0.5
         return MissPlan(tuple(missing[:cut]), (*missing[cut:], *given_up), along, hold)
@@ -161,7 +161,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         demands=st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 40), min_size=1),
         guesses=st.lists(
             st.builds(
-                Prediction,
+                Prediction.of,
                 st.integers(0, LAYERS - 1),
                 st.integers(1, 2),
                 st.lists(
@@ -191,7 +191,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.device.busy_until_s(),
             self.transfer.state(self.device.now_s()),
             self.residency.cache.free_slots,
-            self.residency.cache.holds,
+            self.residency.cache.here,
         )
 
     @precondition(lambda self: self.to_compute)
@@ -201,7 +201,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         seen: list[torch.Tensor] = []
         self.device.launch(slot, EXPERT_BYTES, 1, lambda: seen.append(self.slab[slot].clone()))
         assert torch.equal(seen[0], expert_bytes(expert)), f"slot {slot} does not hold {expert}"
-        self.carry_out(self.residency.computed(expert))
+        self.carry_out(self.residency.computed([expert]))
 
     @rule()
     def poll(self) -> None:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any, NamedTuple
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.scheduler import Costs, Miss, MissPlan, split_by_share, split_least_makespan
+from runtime import scheduler
+from runtime.scheduler import Costs, MissPlan, split_by_share
 
 SIZE = 100_000
+
+
+class Miss(NamedTuple):
+    expert: int
+    tokens: int
+
+
+def least_makespan(
+    misses: list[Miss], size: int, costs: Costs, *busy: float, **more: Any
+) -> MissPlan:
+    experts, tokens = zip(*misses, strict=True)
+    return scheduler.split_least_makespan(experts, tokens, size, costs, *busy, **more).plan
+
+
 costs_of_machines = st.builds(
     Costs,
     link_bytes_per_s=st.floats(1e6, 1e11),
@@ -55,7 +71,7 @@ def makespan_s(
 def test_no_other_choice_ends_sooner(
     misses: list[Miss], costs: Costs, ahead_s: float, busy_s: float
 ) -> None:
-    plan = split_least_makespan(misses, SIZE, costs, ahead_s, busy_s)
+    plan = least_makespan(misses, SIZE, costs, ahead_s, busy_s)
     assert sorted(plan.load + plan.cpu) == [miss.expert for miss in misses]
     chosen_s = makespan_s(set(plan.load), misses, costs, ahead_s, busy_s)
     everyone = [miss.expert for miss in misses]
@@ -69,33 +85,35 @@ def desktop(link: float, cpu: float) -> Costs:
 
 
 def test_a_single_miss_goes_to_a_cpu_that_is_faster_than_the_link() -> None:
-    plan = split_least_makespan([Miss(3, 1)], SIZE, desktop(25e9, 55e9), 0)
+    plan = least_makespan([Miss(3, 1)], SIZE, desktop(25e9, 55e9), 0)
     assert plan == MissPlan((), (3,))
 
 
 def test_a_single_miss_goes_over_a_link_that_is_faster_than_the_cpu() -> None:
-    plan = split_least_makespan([Miss(3, 1)], 10 * SIZE, desktop(55e9, 15e9), 0)
+    plan = least_makespan([Miss(3, 1)], 10 * SIZE, desktop(55e9, 15e9), 0)
     assert plan == MissPlan((3,), ())
 
 
 def test_experts_with_many_tokens_go_over_the_link() -> None:
     misses = [Miss(0, 1), Miss(1, 200), Miss(2, 1), Miss(3, 1)]
-    plan = split_least_makespan(misses, 10 * SIZE, desktop(25e9, 55e9), 0)
+    plan = least_makespan(misses, 10 * SIZE, desktop(25e9, 55e9), 0)
     assert plan.load == (1,)
 
 
 def test_a_full_link_leaves_the_work_to_the_cpu() -> None:
     misses = [Miss(expert, 1) for expert in range(4)]
     size_bytes = 50 * SIZE
-    idle = split_least_makespan(misses, size_bytes, desktop(25e9, 55e9), 0)
-    busy = split_least_makespan(misses, size_bytes, desktop(25e9, 55e9), 100 * size_bytes / 25e9)
+    idle = least_makespan(misses, size_bytes, desktop(25e9, 55e9), 0)
+    busy = least_makespan(misses, size_bytes, desktop(25e9, 55e9), 100 * size_bytes / 25e9)
     assert idle.load
     assert not busy.load
 
 
 def test_among_equals_what_the_cache_wants_most_is_fetched() -> None:
     misses = [Miss(expert, 1) for expert in range(6)]
-    plan = split_least_makespan(misses, 50 * SIZE, desktop(25e9, 25e9), worth=float)
+    plan = least_makespan(
+        misses, 50 * SIZE, desktop(25e9, 25e9), worth=[float(number) for number in range(6)]
+    )
     assert plan.load
     assert plan.load == tuple(sorted(plan.load, reverse=True))
     assert set(plan.load) == set(range(6 - len(plan.load), 6))
@@ -108,6 +126,6 @@ def test_the_share_rule_is_within_one_expert_of_the_rates(
     misses = [Miss(expert, 1) for expert in range(count)]
     costs = desktop(link, cpu)
     share = link / (link + costs.cpu_bytes_per_s_while_copying)
-    plan = split_by_share(misses, costs)
+    plan = split_by_share([miss.expert for miss in misses], costs)
     assert abs(len(plan.load) - share * count) < 1
     assert sorted(plan.load + plan.cpu) == list(range(count))

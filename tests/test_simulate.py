@@ -59,7 +59,7 @@ def foresight(
                 for e in layers[layer + distance]
             ]
             guesses = tuple(Guess(expert, recall) for expert in sorted(set(true)))
-            found.append(Prediction(layer + distance, distance, guesses))
+            found.append(Prediction.of(layer + distance, distance, guesses))
     return tuple(found)
 
 
