@@ -292,9 +292,9 @@ class Executor:
         )
         if predictor is not None:
             self._counters.predictor_s += time.perf_counter() - opened_s + launched_s - began_s
-        self._heat.use(layer, step.demands, self.residency.token)
+        self._heat.use(layer, step.chosen, self.residency.token)
         if self._hot is not None:
-            self._hot.use(layer, step.demands)
+            self._hot.use(layer, step.chosen)
         if self._observe is not None:
             self._observe(layer, step)
         read_bytes = 0 if predictor is None else predictor.weight_bytes

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from runtime.core import ExpertId
+from runtime.trace import Experts
 
 VERSION = 1
 SAVE_EVERY_USES = 20_000
@@ -37,11 +38,11 @@ class HotExperts:
         if file is not None and file.exists():
             self._take_up(file)
 
-    def use(self, layer: int, experts: Iterable[int]) -> None:
+    def use(self, layer: int, experts: Experts | Sequence[int]) -> None:
         """Note that a pass used these experts of a layer."""
-        chosen = list(experts)
-        self._uses[layer, chosen] += 1.0
-        self._unsaved += len(chosen)
+        uses = self._uses[layer]
+        uses[experts] += 1.0
+        self._unsaved += len(experts)
 
     def first(self, slots: int, *, by_layer: bool = False) -> list[ExpertId]:
         """Return who gets `slots` slots before anybody asked: the most used, hottest last.

@@ -35,16 +35,13 @@ class Target(NamedTuple):
 
 class SlotFigures(NamedTuple):
     """One (layer, distance): recall at k of what is in use and of router reuse, running averages
-    over live tokens (as many guesses as routed experts, so precision is the same), and how many of
-    the misses told to `note_misses` had been guessed."""
+    over live tokens (as many guesses as routed experts, so precision is the same)."""
 
     layer: int
     distance: int
     learned_on: bool
     recall_at_k: float
     reuse_recall_at_k: float
-    misses_guessed: int
-    misses: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,6 @@ class _Guessed:
         began_s = time.perf_counter()
         source = self._source
         made = predictions_from(self._ranked, source.targets, source.top_ks, source.curves, flat)
-        self._owner.note_guesses(made)
         self._owner.seconds += time.perf_counter() - began_s
         return made
 
@@ -125,8 +121,6 @@ class Predictor:
         self.memory = Memory(len(self.views), len(self.views) * width * dtype.itemsize)
         self.past = Past(heads) if heads is not None else None
         self.seconds = 0.0
-        self.misses: dict[Target, list[int]] = {}
-        self._latest: dict[int, dict[int, tuple[int, ...]]] = {}
         self._base: Tensor | None = None
         self._sources: list[_Source | None] = [None] * len(self.views)
         self.weight_bytes = 0
@@ -149,7 +143,6 @@ class Predictor:
         """Guess the first two layers from the pass's tokens; `token_ids` is (tokens,)."""
         tokens = token_ids.shape[0]
         began_s = time.perf_counter()
-        self._latest.clear()
         state = self.past.state if self.past is not None and tokens == 1 else None
         self._base = None
         if self.past is not None:
@@ -190,7 +183,7 @@ class Predictor:
         return _Guessed(self, source, ranked)
 
     def figures(self) -> tuple[SlotFigures, ...]:
-        """Return what is known of every slot: running recalls on live tokens, and of misses."""
+        """Return what is known of every slot: running recalls on live tokens."""
         return tuple(
             SlotFigures(
                 slot.layer,
@@ -198,25 +191,9 @@ class Predictor:
                 slot.shadow.learned_on,
                 slot.shadow.in_use.recall,
                 slot.shadow.reuse.recall,
-                *self.misses.get(Target(slot.layer, slot.distance), (0, 0)),
             )
             for slot in self.slots
         )
-
-    def note_guesses(self, made: Sequence[Prediction]) -> None:
-        """Keep the best k guesses of this pass, to be judged by `note_misses`."""
-        for guess in made:
-            view = self.views[guess.layer]
-            top_k = view.top_k if view is not None else len(guess.guesses) // 2
-            best = tuple(g.expert for g in guess.guesses[:top_k])
-            self._latest.setdefault(guess.layer, {})[guess.distance] = best
-
-    def note_misses(self, layer: int, experts: Sequence[int]) -> None:
-        """Count how many of the routed experts that were not resident had been guessed."""
-        for distance, guessed in self._latest.get(layer, {}).items():
-            counts = self.misses.setdefault(Target(layer, distance), [0, 0])
-            counts[0] += len(set(experts) & set(guessed))
-            counts[1] += len(experts)
 
     def _residual(self, token_ids: Tensor) -> Tensor:
         assert self.embedding is not None

@@ -71,7 +71,6 @@ class LearningPredictor(Predictor):
         """Forget what was learned on this machine, on disk as well."""
         self._work = None
         self.memory.clear()
-        self.misses.clear()
         if self.past is not None:
             self.past.forget()
         self._begin_as_shipped()

@@ -105,7 +105,7 @@ class Residency:
                     self.books.found(slot)
             else:
                 (misses if slot.expert in unstarted else coming).append(number)
-        chosen = np.fromiter(demands, np.int64, len(demands))
+        chosen = step.chosen
         cache.eviction.used_all(layer, chosen, self.token, _weights(step))
         if hits:
             cache.pin_all(layer, hits)

@@ -10,6 +10,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,11 @@ class LayerStep:
     demands: Mapping[int, int]
     predictions: tuple[Prediction, ...] = ()
     recency: Mapping[int, float] | None = None
+
+    @cached_property
+    def chosen(self) -> Experts:
+        """The routed experts."""
+        return np.fromiter(self.demands, np.int64, len(self.demands))
 
 
 @dataclass(frozen=True)

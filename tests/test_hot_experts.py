@@ -39,7 +39,7 @@ def test_no_expert_comes_twice_and_never_more_than_there_are() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
         layer = int(generator.integers(3))
-        hot.use(layer, set(generator.integers(0, EXPERTS[layer], 2).tolist()))
+        hot.use(layer, sorted(set(generator.integers(0, EXPERTS[layer], 2).tolist())))
     everybody = hot.first(99)
     assert len(everybody) == len(set(everybody)) == sum(EXPERTS)
     for slots in range(sum(EXPERTS)):

@@ -210,15 +210,6 @@ def test_half_precision_models_are_guessed_too() -> None:
     assert min(recalls(predictor, tokens).values()) > 0.9
 
 
-def test_misses_that_had_been_guessed_are_counted() -> None:
-    predictor = Predictor(views(), embedding(), torch.float32)
-    token = many(3, 1)[0]
-    made = {(m.layer, m.distance): m for m in guesses(predictor, token)}
-    best = [guess.expert for guess in made[2, 1].guesses]
-    predictor.note_misses(2, [best[0], best[TOP_K]])  # one among the best k, one beyond
-    assert predictor.misses[(2, 1)] == [1, 2]
-
-
 # Learned heads, and when they are used
 
 
@@ -421,13 +412,10 @@ def test_figures_tell_what_is_in_use_and_how_well_it_does(tmp_path: Path) -> Non
     assert all(one.learned_on and one.recall_at_k == 0.9 for one in predictor.figures())
     for token in many(6, 300):
         guesses(predictor, token)
-        predictor.note_misses(1, [0])
     predictor.improve(60.0)
     for one in predictor.figures():
         assert not one.learned_on
         assert one.recall_at_k == one.reuse_recall_at_k
-        assert one.misses == (300 if one.layer == 1 else 0)
-        assert 0 <= one.misses_guessed <= one.misses
     assert predictor.seconds > 0.0
 
 
