@@ -7,14 +7,78 @@ prompts computed in pieces, after a cut and at once: the sets below are what it 
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 # Their recurrent layers start from nothing when given several tokens after others, silently.
 _NEED_WHOLE_PROMPTS = {"jamba"}
 # They take only a cache of their own class, and make it themselves if given none.
 _BRING_THEIR_OWN = {"minimax"}
+
+
+ROOM_TOKENS = 32
+"""So many tokens are appended in place before keys and values move to a larger place."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values, (batch, heads, tokens, width) each, in a place with room.
+
+    transformers' own layer makes a new tensor for every token: in a long conversation that moves
+    more memory than the attention reads. Here `keys` and `values` are views of larger tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._places: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the states of new tokens; return those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        keys, self.keys = _appended(self._places[0], self.keys, key_states)
+        values, self.values = _appended(self._places[1], self.values, value_states)
+        self._places = keys, values
+        return self.keys, self.values
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first tokens only; the memory of all others, and of the room, is given back."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys[..., :tokens, :].clone()
+        self.values = self.values[..., :tokens, :].clone()
+        self._places = (None, None)
+
+    def reset(self) -> None:
+        """Forget everything and give its memory back."""
+        self._places = (None, None)
+        super().reset()
+
+
+def _appended(place: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the place that has `held` and then `new`, and the view of both.
+
+    What is held may have been cut or replaced since: unless it is how `place` begins, and room for
+    `new` is left there, both go to a new place.
+    """
+    length = held.shape[-2] if held.numel() else 0
+    together = length + new.shape[-2]
+    if place is None or not (
+        place.data_ptr() == held.data_ptr()
+        and place.shape[:-2] == new.shape[:-2]
+        and place.shape[-2] >= together
+    ):
+        place = new.new_empty((*new.shape[:-2], together + ROOM_TOKENS, new.shape[-1]))
+        if length:
+            place[..., :length, :] = held
+    place[..., length:together, :] = new
+    return place, place[..., :together, :]
 
 
 class KvCache:
@@ -26,20 +90,29 @@ class KvCache:
 
     def __init__(self, config: Any) -> None:
         family = config.get_text_config().model_type
-        self.past: Any = None if family in _BRING_THEIR_OWN else DynamicCache(config=config)
+        self.past: Any = None
+        if family not in _BRING_THEIR_OWN:
+            self.past = DynamicCache(config=config)
+            plain = [type(layer) is DynamicLayer for layer in self.past.layers]
+            for number in compress(range(len(plain)), plain):
+                self.past.layers[number] = GrowingLayer()
         self.continues = family not in _NEED_WHOLE_PROMPTS
 
     @property
     def can_crop(self) -> bool:
         """Whether the cache may be cut to any shorter length."""
         return type(self.past) is DynamicCache and all(
-            type(layer) is DynamicLayer for layer in self.past.layers
+            type(layer) is GrowingLayer for layer in self.past.layers
         )
 
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on. Only for caches that `can_crop`."""
         for layer in self.past.layers:
             if layer.is_initialized:
-                # A copy, so that the tail's memory is really given back.
-                layer.keys = layer.keys[..., :tokens, :].clone()
-                layer.values = layer.values[..., :tokens, :].clone()
+                layer.cut(tokens)
+
+    def settle(self) -> None:
+        """Give back the memory that is kept for tokens to come."""
+        for layer in self.past.layers if type(self.past) is DynamicCache else ():
+            if type(layer) is GrowingLayer and layer.is_initialized:
+                layer.cut(layer.get_seq_length())

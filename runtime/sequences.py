@@ -28,6 +28,8 @@ class Cache(Protocol):
 
     def crop(self, tokens: int) -> None: ...
 
+    def settle(self) -> None: ...
+
 
 @dataclass(eq=False)
 class Conversation:
@@ -130,6 +132,7 @@ class Conversations:
         """Take a conversation back as the most recent one, unless a pass left it broken."""
         self._taken.remove(conversation)
         if conversation.intact and conversation.ids:
+            conversation.cache.settle()
             self._kept.pop(conversation.conversation_id, None)
             self._kept[conversation.conversation_id] = conversation
 

@@ -283,6 +283,9 @@ class ListCache:
         self.can_crop = croppable
         self.continues = continues
 
+    def settle(self) -> None:
+        """There is no room to give back."""
+
     def crop(self, tokens: int) -> None:
         assert self.can_crop
         del self.past[tokens:]
