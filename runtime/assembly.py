@@ -113,6 +113,7 @@ def assemble(
                 profile,
                 _remembering(attempt, plan, shape, reasons),
                 folder,
+                shape,
                 progress=progress,
                 cancelled=cancelled,
                 publish=publish,
@@ -152,6 +153,7 @@ def _build(
     profile: HardwareProfile,
     plan: MemoryPlan,
     folder: Path,
+    shape: ModelShape,
     *,
     progress: Callable[[LoadProgress], None],
     cancelled: Callable[[], bool],
@@ -189,6 +191,7 @@ def _build(
             kept=data / EXPERTS_FOLDER,
             release_host=device.release_host,
             ram_experts=plan.ram_experts,
+            shape=shape,
         )
         undo.callback(loaded.store.close)
         for remark in loaded.remarks:

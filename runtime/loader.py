@@ -101,11 +101,13 @@ def load_model(
     release_host: Callable[[Tensor], None] = lambda block: None,
     ram_experts: int | None = None,
     half: torch.dtype = torch.bfloat16,
+    shape: ModelShape | None = None,
 ) -> LoadedModel:
     """Load the model in `folder`, or a GGUF file: dense weights to `torch_device`, experts to
     host slabs.
 
-    `dtype` and `half` are those of `read_shape`. `allocate_host(n)` returns `n` bytes of
+    `dtype` and `half` are those of `read_shape`, and `shape` is what it returned, None: it is found
+    again. `allocate_host(n)` returns `n` bytes of
     uint8 for a slab, and `release_host` gets it back; `ram_experts` is how many experts they hold,
     None: all. The files stay open as long as the store. `progress` and `cancelled` are called from
     this thread and from loader threads. Experts that are quantised on the way as `experts` asks are
@@ -133,7 +135,7 @@ def load_model(
         _check(cancelled)
         wanted = hold_experts(layers, checkpoint.sources, experts)
         checkpoint = replace(checkpoint, sources=wanted.sources)
-        shape = _shape(source.name, skeleton, layers, wanted)
+        shape = shape or _shape(source.name, skeleton, layers, wanted)
         dense = DenseWeights(files, checkpoint, dtype, progress, cancelled)
         model = _load_dense(skeleton, config, dtype, torch_device, dense)
         held = with_held_formats(find_moe_layers(model, dtype), wanted.sources)
