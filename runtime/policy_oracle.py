@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Floats
+from runtime.eviction import Experts, Floats
 from runtime.offline import NEVER, OfflineOptimal
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_prescope import PreScope
@@ -48,10 +48,10 @@ class Oracle(PreScope):
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         return self._future.next_use(wish.expert) < self._future.next_use(victim)
 
-    def _lasting(self, layer: int, experts: Sequence[int]) -> Floats:
+    def _lasting(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
         next_use, victim = self._future.next_use, self._value.victim
         theirs = NEVER if victim is None else next_use(victim)
-        sooner = [float(next_use(ExpertId(layer, number)) < theirs) for number in experts]
+        sooner = [float(next_use(ExpertId(layer, int(e))) < theirs) for e in experts]
         return np.array(sooner)
 
     def _lasting_of(self, expert: ExpertId) -> float:

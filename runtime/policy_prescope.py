@@ -20,7 +20,7 @@ import numpy as np
 from runtime.calibration import Calibration
 from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Floats
+from runtime.eviction import Experts, Floats
 from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_hopes import Hopes
@@ -83,6 +83,7 @@ class PreScope:
         self.eviction = make_eviction(self.settings.eviction, setup.experts)
         self.look_ahead = FULL
         self._rails = Rails(setup.costs)
+        self._plan_with(setup.costs)
         self._setup = setup
         self._value = SlotValue(self.eviction, setup.experts, self.settings.check)
         self._calibration = Calibration()
@@ -98,7 +99,7 @@ class PreScope:
         self._moved = (0, 0.0)
         self._turnover = Turnover(setup.slots, self.settings.longest_stay)
         self._admitting: ExpertId | None = None
-        self._missed: dict[ExpertId, None] = {}
+        self._missed: list[ExpertId] = []
         self._hopes = Hopes(self.settings.check)
         self._fruitless = self._rests = 0
         self._compare_every, self._most_rests = COMPARE_EVERY, MOST_RESTS
@@ -112,6 +113,7 @@ class PreScope:
         if not moment.prompt:
             self._value.end_pass()
         self._rails.end_pass()
+        self._plan_with(self._rails.costs)
         self._foresee(predictions)
         return self._ahead(-1, self._after_layer(moment), moment)
 
@@ -132,15 +134,14 @@ class PreScope:
         busy_s = self._hits_s(routed)
         plan, self._cpu_work_bytes = self._split(routed, moment, size, busy_s)
         self._cpu_s = self._cpu_seconds(plan, self._cpu_work_bytes, size, 0.0)
-        for number in plan.cpu:
-            self._missed.pop(ExpertId(routed.layer, number), None)
-            self._missed[ExpertId(routed.layer, number)] = None
-        while len(self._missed) > KEPT_CANDIDATES:
-            self._missed.pop(next(iter(self._missed)))
         self._turnover.admitted += len(plan.load)
-        hold = bool(plan.cpu) and self._holds() and not self._admits(moment)
-        self._plan = plan._replace(hold=hold) if hold else plan
-        return self._plan
+        if plan.cpu:
+            self._missed += [ExpertId(routed.layer, number) for number in plan.cpu]
+            del self._missed[:-KEPT_CANDIDATES]
+            if self._holds and not self._admits(moment):
+                plan = MissPlan(plan.load, plan.cpu, hold=True)
+        self._plan = plan
+        return plan
 
     def beside(
         self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
@@ -174,11 +175,6 @@ class PreScope:
         if not wishes and not under_way and self.look_ahead and not moment.prompt:
             wishes += self._admission(moment)
         return wishes
-
-    @property
-    def costs(self) -> Costs:
-        """What the rails cost, as far as serving has shown."""
-        return self._rails.costs
 
     def note_link(self, moved_bytes: int, busy_s: float) -> None:
         moved, busy = moved_bytes - self._moved[0], busy_s - self._moved[1]
@@ -226,16 +222,12 @@ class PreScope:
         """
         layer, tokens = routed.layer, routed.tokens
         costs = self.costs if self.settings.constants else self.costs.without_constants()
-        lasting = bonus_s = NOBODY[1]
-        if routed.misses:
-            lasting = self._lasting(layer, routed.misses)
-            saved_s = self._saved_s(layer) * self.settings.bonus
-            bonus_s = np.maximum(lasting, 0.0) * saved_s
-        missing = [tokens[number] for number in routed.misses]
+        misses, counts = np.array(routed.misses, np.int64), [tokens[e] for e in routed.misses]
+        lasting, saved_s = self._lasting(layer, misses), self._saved_s(layer) * self.settings.bonus
 
         def split(ahead_s: float) -> Split:
-            rest = (ahead_s, busy_s, lasting, bonus_s)
-            return split_least_makespan(routed.misses, missing, size, costs, *rest, landing=True)
+            rest = (ahead_s, busy_s, lasting, saved_s)
+            return split_least_makespan(misses, counts, size, costs, *rest, landing=True)
 
         if not routed.coming:
             found = split(self._ahead_s((), layer, moment))
@@ -278,12 +270,12 @@ class PreScope:
         more_tokens = (tokens - len(routed.hits)) / costs.device_tokens_per_pass
         return size / costs.device_bytes_per_s * (len(routed.hits) + more_tokens)
 
-    def _holds(self) -> bool:
-        """Say whether copies ahead should wait while the CPU computes: what they cost it is
-        more than what they bring."""
-        costs = self.costs
+    def _plan_with(self, costs: Costs) -> None:
+        """Go by what the rails cost, as far as serving has shown."""
+        self.costs, self._slower = costs, costs.slower_beside_copies
+        # Whether copies ahead wait while the CPU computes: they cost it more than they bring.
         brings = min(1.0, costs.link_bytes_per_s / costs.cpu_bytes_per_s)
-        return brings < self.settings.hold_margin * self._slower
+        self._holds = brings < self.settings.hold_margin * self._slower
 
     def _compare_with_victim(self, routed: Routed, moment: Moment) -> None:
         """Find out who would go for a miss of this layer, and whether that will have been right."""
@@ -347,7 +339,7 @@ class PreScope:
             self._rests -= 1
             return wishes
         at_s = self._link_free_s(moment) if link_s is None else link_s
-        costs, held, price = self.costs, self._holds(), self.settings.margin * self._slower
+        costs, held, price = self.costs, self._holds, self.settings.margin * self._slower
         for target, deadline_s in ((layer + 1, window.next_s), (layer + 2, window.second_s)):
             if at_s >= deadline_s:
                 continue
@@ -391,11 +383,11 @@ class PreScope:
         and the CPU slower.
         """
         averages, costs, free_slot = self._averages, self.costs, moment.free_slots > 0
-        pays = self.settings.admit and self._holds() and self._value.checked
+        pays = self.settings.admit and self._holds and self._value.checked
         if not averages.period_s or not (pays or free_slot):
             return []
-        for expert in [each for each in self._missed if moment.holds(each)]:
-            del self._missed[expert]
+        here = moment.here
+        self._missed = [each for each in self._missed if each.expert not in here(each.layer)]
         if not self._missed:
             return []
         lasting = {each: self._lasting_of(each) for each in self._missed}
@@ -410,7 +402,7 @@ class PreScope:
         self._admitting = found
         return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]
 
-    def _lasting(self, layer: int, experts: Sequence[int]) -> Floats:
+    def _lasting(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
         """Return the uses that a slot will save each of a layer's experts, beyond those of whom
         it displaces."""
         return self._value.saved(layer, experts)
@@ -418,11 +410,6 @@ class PreScope:
     def _lasting_of(self, expert: ExpertId) -> float:
         """Return the same for one expert."""
         return self._value.saved_of(expert)
-
-    @property
-    def _slower(self) -> float:
-        """How much of its rate the CPU loses while the link copies."""
-        return 1.0 - self.costs.cpu_bytes_per_s_while_copying / self.costs.cpu_bytes_per_s
 
     def _saved_s(self, layer: int) -> float:
         """Seconds that one miss less saves a layer with the usual number of misses."""

@@ -79,8 +79,8 @@ class SlotValue:
         if victim is None or not self._check:
             return
         few = list(missed[:CHECKS_PER_LAYER])
-        theirs, uses = self._uses(victim, CHECK), self._counts.uses(layer, CHECK)[few]
-        self._watch(layer, few, (uses - theirs).tolist(), victim)
+        theirs, uses = self._uses(victim, CHECK), self._counts.uses(layer, CHECK)
+        self._watch(layer, few, [float(uses[number]) - theirs for number in few], victim)
 
     def watch_pair(self, expert: ExpertId, victim: ExpertId) -> None:
         """Remember an expert beside its victim, to count both's uses later."""
@@ -88,8 +88,9 @@ class SlotValue:
         self._watch(expert.layer, [expert.expert], [more], victim)
 
     def _watch(self, layer: int, experts: list[int], more: list[float], victim: ExpertId) -> None:
-        here = self._used[layer, experts]
-        watched = _Watched(self._pass, layer, experts, here, victim, self._used[victim], more)
+        used = self._used[layer]
+        here = [int(used[number]) for number in experts]
+        watched = _Watched(self._pass, layer, experts, here, victim, int(self._used[victim]), more)
         self._open.append(watched)
 
     def end_pass(self) -> None:
@@ -97,8 +98,9 @@ class SlotValue:
         self._pass += 1
         while self._open and self._pass - self._open[0].since_pass >= CHECK_PASSES:
             _, layer, experts, here, victim, seen, more = self._open.popleft()
-            came = self._used[layer, experts] - here - (self._used[victim] - seen)
-            for expected, true in zip(more, came.tolist(), strict=True):
+            used, theirs = self._used[layer], int(self._used[victim]) - seen
+            for number, before, expected in zip(experts, here, more, strict=True):
+                true = int(used[number]) - before - theirs
                 self._matched += expected * true
                 self._squared += expected * expected
         if self._squared > FORGET_AT:
@@ -135,7 +137,7 @@ class _Watched(NamedTuple):
     since_pass: int
     layer: int
     experts: list[int]
-    here: Experts
+    here: list[int]
     victim: ExpertId
     seen: int
     more: list[float]

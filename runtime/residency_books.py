@@ -18,22 +18,21 @@ class Books:
 
     def __init__(self, counters: Counters) -> None:
         self.counters = counters
-        self._expected: dict[int, set[int]] = {}
+        self._expected: dict[int, list[Prediction]] = {}
 
     def expect(self, predictions: Sequence[Prediction]) -> None:
         """Remember who was predicted, to say later which misses could have been foreseen."""
         for prediction in predictions:
             self.counters.guesses += len(prediction.experts)
-            named = self._expected.setdefault(prediction.layer, set())
-            named.update(prediction.experts.tolist())
+            self._expected.setdefault(prediction.layer, []).append(prediction)
 
     def routed(self, layer: int, step: LayerStep, missed: Sequence[int]) -> None:
         """A layer's router chose; `missed` had not landed. Others are predicted with it."""
         self.counters.routed += len(step.demands)
         self.counters.served_resident += len(step.demands) - len(missed)
-        expected = self._expected.pop(layer, None)
-        if expected and missed:
-            self.counters.misses_predicted += len(expected.intersection(missed))
+        if missed:
+            self.counters.misses_predicted += len(self._foreseen(layer).intersection(missed))
+        self._expected.pop(layer, None)
         self.expect(step.predictions)
 
     def found(self, slot: Slot) -> None:
@@ -43,9 +42,14 @@ class Books:
         self.counters.link_bytes_prefetch_used += slot.unused_prefetch_bytes
         self.counters.prefetches_used += 1
         assert slot.expert is not None
-        expected = self._expected.get(slot.expert.layer, ())
-        self.counters.misses_predicted += slot.expert.expert in expected
+        layer, number = slot.expert
+        self.counters.misses_predicted += number in self._foreseen(layer)
         slot.unused_prefetch_bytes = 0
+
+    def _foreseen(self, layer: int) -> set[int]:
+        """Return who was predicted for a layer."""
+        expected = self._expected.get(layer, ())
+        return {number for each in expected for number in each.experts.tolist()}
 
     def awaited(self, slot: Slot, event: TransferEnded) -> None:
         """A copy landed that somebody waited for."""

@@ -21,6 +21,10 @@ Experts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
+FEW = 16
+"""Up to so many experts are put in order one by one, more by a sort."""
+
+
 class MissPlan(NamedTuple):
     """Which misses go over the link, most urgent first, and which are computed on the CPU.
 
@@ -87,6 +91,11 @@ class Costs:
             float(self.device_tokens_per_pass),
         )
 
+    @cached_property
+    def slower_beside_copies(self) -> float:
+        """The share of its rate that the CPU loses while the link copies."""
+        return 1.0 - self.cpu_bytes_per_s_while_copying / self.cpu_bytes_per_s
+
     def scaled(self, link: float, cpu: float) -> Costs:
         """Return these costs with the rails slower by these factors."""
         return replace(
@@ -137,14 +146,14 @@ class Split(NamedTuple):
 
 
 def split_least_makespan(
-    misses: Sequence[int],
+    misses: Sequence[int] | Experts,
     tokens: Sequence[int],
     size_bytes: int,
     costs: Costs,
     ahead_s: float = 0.0,
     busy_s: float = 0.0,
-    worth: Sequence[float] | Floats = (),
-    bonus_s: Sequence[float] | Floats = (),
+    worth: Sequence[float] | Floats | None = None,
+    bonus_s: float = 0.0,
     *,
     landing: bool = False,
 ) -> Split:
@@ -155,33 +164,31 @@ def split_least_makespan(
     too: it begins when the host is back from the CPU's work, the last one not before it landed.
     Experts with many tokens go over the link, where tokens are cheap, then those with more
     `worth` in the cache; ties go to the CPU, which needs no slot. While anything is copied the
-    CPU runs at its slower shared rate. A fetched expert stays in a slot: `bonus_s` is what that
-    is worth later. After the latency-aware split of reactive hybrid engines: minimise the larger
-    of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
+    CPU runs at its slower shared rate. A fetched expert stays in a slot: `bonus_s` is what each
+    unit of its worth brings later. After the latency-aware split of reactive hybrid engines:
+    minimise the larger of `link constant + f S / link` and `cpu constant + (n - f) S / cpu`.
     """
-    experts = np.array(misses, np.int64)
-    rows = np.zeros((3, len(experts)))  # tokens, worth, bonus
-    rows[0] = tokens
-    if len(worth):
-        rows[1] = worth
-    if len(bonus_s):
-        rows[2] = bonus_s
-    if len(experts) > 1:
-        order = np.lexsort((experts, -rows[1], -rows[0]))
-        experts, rows = experts[order], np.take(rows, order, axis=1)
+    experts, counts = np.array(misses, np.int64), np.array(tokens, np.float64)
+    values = np.zeros(len(experts)) if worth is None else np.array(worth, np.float64)
+    if len(experts) > FEW:
+        order = np.lexsort((experts, -values, -counts))
+        experts, counts, values = experts[order], counts[order], values[order]
+    times_s = (float(ahead_s), float(busy_s), float(bonus_s))
     fetched, cpu_bytes = _least_makespan(
-        rows[0], rows[2], float(size_bytes), float(ahead_s), float(busy_s), landing, *costs.rails
+        experts, counts, values, float(size_bytes), *times_s, landing, *costs.rails
     )
     return Split(tuple(experts.tolist()), fetched, cpu_bytes)
 
 
 @compiled
 def _least_makespan(
+    experts: Experts,
     tokens: Floats,
-    bonuses_s: Floats,
+    worth: Floats,
     size_bytes: float,
     ahead_s: float,
     busy_s: float,
+    bonus_s_of_worth: float,
     landing: bool,
     link_bytes_per_s: float,
     link_call_s: float,
@@ -192,15 +199,31 @@ def _least_makespan(
     device_bytes_per_s: float,
     device_tokens_per_pass: float,
 ) -> tuple[int, float]:
-    """Return how many of the experts with these tokens, in this order, go over the link, and the
-    CPU's work for the others in bytes."""
-    count = len(tokens)
+    """Put the experts in order; return how many of the first go over the link, and the CPU's work
+    for the others in bytes. Many are in order already."""
+    count = len(experts)
+    for place in range(1, count):
+        at = place
+        while at > 0:
+            before = at - 1
+            if tokens[before] != tokens[at]:
+                later = tokens[before] < tokens[at]
+            elif worth[before] != worth[at]:
+                later = worth[before] < worth[at]
+            else:
+                later = experts[before] > experts[at]
+            if not later:
+                break
+            experts[before], experts[at] = experts[at], experts[before]
+            tokens[before], tokens[at] = tokens[at], tokens[before]
+            worth[before], worth[at] = worth[at], worth[before]
+            at = before
     per_token = size_bytes / cpu_tokens_per_pass
     base = size_bytes - per_token
     left_bytes = left_bonus_s = 0.0
     for place in range(count):
         left_bytes += base + per_token * tokens[place]
-        left_bonus_s += bonuses_s[place]
+        left_bonus_s += max(0.0, worth[place]) * bonus_s_of_worth
     bonus_s = device_s = last_s = 0.0
     slow, fast = cpu_bytes_per_s_while_copying, cpu_bytes_per_s
     best, best_s, copying_from_s = 0, np.inf, max(ahead_s, link_call_s)
@@ -219,8 +242,9 @@ def _least_makespan(
                 last_s = size_bytes / device_bytes_per_s
                 last_s *= 1 + (tokens[fetched] - 1) / device_tokens_per_pass
                 device_s += last_s
-            bonus_s += bonuses_s[fetched]
-            left_bonus_s -= bonuses_s[fetched]
+            more_s = max(0.0, worth[fetched]) * bonus_s_of_worth
+            bonus_s += more_s
+            left_bonus_s -= more_s
         if link_s - bonus_s - left_bonus_s >= best_s:
             break  # more copies only make it later
     cpu_bytes = 0.0
