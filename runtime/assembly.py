@@ -93,7 +93,9 @@ def assemble(
     if profile.device_kind == "cuda" and not beside:
         progress(LoadProgress("Asking the driver how much memory can be pinned"))
         on_card_bytes = plan.used_bytes - plan.reserve_bytes
-        profile = with_pinnable(profile, plan.pinned_bytes, on_card_bytes, driver_version, data)
+        profile = with_pinnable(
+            profile, plan.pinned_bytes, on_card_bytes, driver_version, data, cancelled=cancelled
+        )
         keep_profile(profile, data)
         plan = planned(profile)
     if beside and plan.ram_experts is not None:

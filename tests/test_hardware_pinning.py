@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from runtime.core import HardwareProfile
-from runtime.hardware_pinning import LEAST_BYTES, Pinning, measured, with_pinnable
+from runtime.errors import CancelledError
+from runtime.hardware_pinning import (
+    LEAST_BYTES,
+    REFUSAL_KEPT_S,
+    Pinning,
+    measured,
+    with_pinnable,
+)
 from runtime.hardware_pinning_child import LEAST_STEP_BYTES, pin_in_steps
 from tests.machines import emulated_profile
 
@@ -130,9 +137,10 @@ def asked(
     version: str | None = "580.12",
     wanted_bytes: int = 50 * GIB,
     profile: HardwareProfile = CARD,
+    now_s: float = 1e9,
 ) -> int | None:
     return with_pinnable(
-        profile, wanted_bytes, 20 * GIB, lambda: version, folder, driver
+        profile, wanted_bytes, 20 * GIB, lambda: version, folder, driver, now_s=lambda: now_s
     ).pinnable_bytes
 
 
@@ -146,6 +154,22 @@ def test_a_refusal_is_kept_until_driver_or_memory_change(tmp_path: Path) -> None
     more_ram = replace(CARD, ram_total_bytes=CARD.ram_total_bytes * 2)
     assert asked(driver, tmp_path, version="581.0", profile=more_ram) == 16 * GIB
     assert len(driver.asked) == 3
+
+
+def test_a_refusal_is_old_some_day_and_a_clock_set_back_makes_it_so_too(tmp_path: Path) -> None:
+    driver = Driver(Pinning(12 * GIB, "refused"))
+    began_s = 1e9
+    for after_s, times in ((0.0, 1), (REFUSAL_KEPT_S - 1, 1), (REFUSAL_KEPT_S + 1, 2), (-5.0, 3)):
+        assert asked(driver, tmp_path, now_s=began_s + after_s) == 12 * GIB
+        assert len(driver.asked) == times
+
+
+def test_who_cancels_does_not_wait_for_the_driver() -> None:
+    began_s = time.monotonic()
+    hangs = program_that_says("pinned 500", then="time.sleep(600)")
+    with pytest.raises(CancelledError):
+        measured(1000, 0, hangs, cancelled=lambda: time.monotonic() > began_s + 1.0)
+    assert time.monotonic() - began_s < 5.0
 
 
 def test_enough_is_no_limit_and_is_asked_again_only_for_more(tmp_path: Path) -> None:
