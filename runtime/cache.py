@@ -11,8 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.core import ExpertId
 from runtime.eviction import Eviction
+
+Flags = NDArray[np.bool_]
+NOBODY: Flags = np.empty(0, np.bool_)
 
 
 class SlotState(Enum):
@@ -45,6 +51,7 @@ class CacheTable:
     def __init__(self, slots: int, eviction: Eviction) -> None:
         self._slots = [Slot() for _ in range(slots)]
         self._where: dict[int, dict[int, int]] = {}  # slots by layer and expert
+        self._held: dict[int, Flags] = {}
         self._loading: dict[ExpertId, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._beyond: set[int] = set()  # slots from `capacity` up that are not empty yet
@@ -82,6 +89,10 @@ class CacheTable:
         if here is None:
             here = self._where[layer] = {}
         return here
+
+    def held(self, layer: int) -> Flags:
+        """Return the same as flags by expert; beyond their end nobody has a slot."""
+        return self._held.get(layer, NOBODY)
 
     def holds(self, expert: ExpertId) -> bool:
         """Say whether `expert` has a slot, be it on its way there."""
@@ -132,6 +143,7 @@ class CacheTable:
         slot = self._slots[number]
         slot.state, slot.expert = SlotState.LOADING, expert
         self._where[expert.layer][expert.expert] = self._loading[expert] = number
+        self._flag(expert)
         self.eviction.fixed(expert)
         self.eviction.admitted(expert, now, prefetched=prefetched)
         return number, evicted
@@ -221,6 +233,17 @@ class CacheTable:
         assert loading == set(self._loading.values()), (sorted(loading), self._loading)
         for expert in self.experts():
             assert self._slots[self._place(expert)].expert == expert, expert
+        flagged = {
+            ExpertId(n, e) for n, row in self._held.items() for e in row.nonzero()[0].tolist()
+        }
+        assert flagged == set(self.experts()), (sorted(flagged), sorted(self.experts()))
+
+    def _flag(self, expert: ExpertId) -> None:
+        flags = self._held.get(expert.layer, NOBODY)
+        if expert.expert >= len(flags):
+            flags = np.pad(flags, (0, expert.expert + 1 - len(flags)))
+            self._held[expert.layer] = flags
+        flags[expert.expert] = True
 
     def _place(self, expert: ExpertId) -> int:
         return self._where[expert.layer][expert.expert]
@@ -234,6 +257,7 @@ class CacheTable:
         assert slot.pins == 0, f"slot {number} is pinned {slot.pins} times"
         assert slot.expert is not None, f"slot {number} is free already"
         del self._where[slot.expert.layer][slot.expert.expert]
+        self._held[slot.expert.layer][slot.expert.expert] = False
         self._loading.pop(slot.expert, None)
         self.eviction.removed(slot.expert)
         self._slots[number] = Slot()

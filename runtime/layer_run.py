@@ -127,6 +127,7 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
         ports.queue_state(),
         residency.cache.free_slots,
         residency.cache.here,
+        residency.cache.held,
         ports.in_ram,
     )
 

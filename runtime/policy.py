@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from runtime.cache import Flags
 from runtime.core import ExpertId, PolicyName
 from runtime.eviction import Eviction, Experts
 from runtime.scheduler import Costs, MissPlan
@@ -36,10 +37,10 @@ class Moment(NamedTuple):
     """The state of the machine when a policy is asked.
 
     `token` counts tokens since the start; `tokens` is how many rows the pass has, and `prompt`
-    whether they follow one another in a prompt. `now_s` is the
-    host's time, `device_free_s` when the device will have computed all it was given. `here` names
-    the experts of a layer that have a slot, and `in_ram` says whether one can be copied or
-    computed on the CPU without being read from disk first.
+    whether they follow one another in a prompt. `now_s` is the host's time, `device_free_s` when
+    the device will have computed all it was given. `here` names the experts of a layer that have a
+    slot, `held` flags them by number. `in_ram` says whether one can be copied or computed on the
+    CPU without being read from disk first.
     """
 
     token: float
@@ -50,6 +51,7 @@ class Moment(NamedTuple):
     queue: QueueState
     free_slots: int
     here: Callable[[int], Container[int]]
+    held: Callable[[int], Flags]
     in_ram: Callable[[ExpertId], bool] = lambda expert: True
 
     def holds(self, expert: ExpertId) -> bool:

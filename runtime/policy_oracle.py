@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Experts, Floats
 from runtime.offline import NEVER, OfflineOptimal
 from runtime.policy import Moment, PolicySetup, Routed, Wish
 from runtime.policy_prescope import PreScope
+from runtime.policy_windows import Worth
 from runtime.scheduler import MissPlan
 from runtime.trace import ForwardPass, Guess, Prediction
 
@@ -48,14 +48,12 @@ class Oracle(PreScope):
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         return self._future.next_use(wish.expert) < self._future.next_use(victim)
 
-    def _lasting(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
+    def _worth(self, layer: int) -> Worth:
         next_use, victim = self._future.next_use, self._value.victim
         theirs = NEVER if victim is None else next_use(victim)
-        sooner = [float(next_use(ExpertId(layer, int(e))) < theirs) for e in experts]
-        return np.array(sooner)
-
-    def _lasting_of(self, expert: ExpertId) -> float:
-        return float(self._lasting(expert.layer, [expert.expert])[0])
+        everyone = range(self._setup.experts[layer])
+        sooner = [float(next_use(ExpertId(layer, each)) < theirs) for each in everyone]
+        return Worth(np.array(sooner), 0.0, 1.0)
 
     def _truth(self, layer: int) -> tuple[Prediction, ...]:
         layers = self._passes[self._pass].layers

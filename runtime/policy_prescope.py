@@ -11,21 +11,21 @@ displaces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from runtime.calibration import Calibration
 from runtime.controller import FULL
 from runtime.core import ExpertId, PolicyName
-from runtime.eviction import Experts, Floats
 from runtime.eviction_table import make_eviction
 from runtime.policy import Moment, PolicySetup, Routed, Wish
+from runtime.policy_foresight import Foresight
 from runtime.policy_hopes import Hopes
 from runtime.policy_slot_value import SlotValue
-from runtime.policy_windows import Averages, Copies, Turnover, Window, choose
+from runtime.policy_windows import Averages, Copies, Turnover, Window, Worth, choose
 from runtime.rails import Rails
 from runtime.scheduler import Costs, MissPlan, Split, split_least_makespan
 from runtime.trace import Prediction
@@ -35,7 +35,6 @@ COMPARE_EVERY = 4
 """In every how manyth layer it is found out who would have to go: that changes little between,
 unless it went."""
 NOTHING_ROUTED = Routed(-1, {}, np.empty(0, np.int64), (), (), ())
-NOBODY: tuple[list[int], Floats] = ([], np.empty(0))
 MOST_RESTS = 3
 """Where nothing was worth copying ahead for a while, that is looked at more rarely: at every
 fourth opportunity in the end."""
@@ -86,10 +85,8 @@ class PreScope:
         self._plan_with(setup.costs)
         self._setup = setup
         self._value = SlotValue(self.eviction, setup.experts, self.settings.check)
-        self._calibration = Calibration()
-        self._guesses: dict[int, Prediction] = {}
-        self._soon: dict[int, tuple[list[int], Floats]] = {}
-        self._kept: dict[int, Sequence[int]] = {}
+        spared_from = self.settings.protected_from if self.settings.protect else math.inf
+        self._foresight = Foresight(self.eviction, setup, spared_from)
         self._averages = Averages()
         self._routed_s = 0.0
         self._routed, self._learns = NOTHING_ROUTED, False
@@ -105,9 +102,7 @@ class PreScope:
         self._compare_every, self._most_rests = COMPARE_EVERY, MOST_RESTS
 
     def begin_pass(self, predictions: Sequence[Prediction], moment: Moment) -> Sequence[Wish]:
-        for layer in list(self._soon):
-            self._forget(layer)
-        self._guesses.clear()
+        self._foresight.begin_pass()
         self._turnover.end_pass()
         self._value.stay_for(self._turnover.stay_passes)
         if not moment.prompt:
@@ -147,7 +142,7 @@ class PreScope:
         self, routed: Routed, plan: MissPlan, predictions: Sequence[Prediction], moment: Moment
     ) -> Sequence[Wish]:
         if moment.prompt and not predictions:
-            predictions = self._everyone(routed.layer + 1, moment.tokens)
+            predictions = self._foresight.everyone(routed.layer + 1, moment.tokens)
         self._foresee(predictions)
         size = self._setup.layer_bytes[routed.layer]
         link_s = self._link_free_s(moment)
@@ -189,8 +184,7 @@ class PreScope:
         self._rails.cpu.note(least_s, most_s, seconds)
 
     def protects(self, expert: ExpertId) -> bool:
-        self._expected(expert.layer)
-        return expert.expert in self._kept.get(expert.layer, ())
+        return self._foresight.spares(expert)
 
     def displaces(self, wish: Wish, victim: ExpertId, moment: Moment) -> bool:
         least = 0.0 if wish.stays else self.settings.least_use
@@ -204,10 +198,7 @@ class PreScope:
     def _learn(self) -> None:
         """Hold against the layer that is done what was guessed, and remember what it missed."""
         routed, self._routed = self._routed, NOTHING_ROUTED
-        self._forget(routed.layer)
-        self._guesses.pop(routed.layer, None)
-        if routed.layer >= 0:
-            self._calibration.learn(routed.layer, routed.chosen)
+        self._foresight.done(routed)
         if routed.misses and self._learns:
             self._value.watch(routed.layer, routed.misses)
 
@@ -223,7 +214,9 @@ class PreScope:
         layer, tokens = routed.layer, routed.tokens
         costs = self.costs if self.settings.constants else self.costs.without_constants()
         misses, counts = np.array(routed.misses, np.int64), [tokens[e] for e in routed.misses]
-        lasting, saved_s = self._lasting(layer, misses), self._saved_s(layer) * self.settings.bonus
+        uses, victim_uses, trust = self._worth(layer)
+        lasting = trust * (uses[misses] - victim_uses)
+        saved_s = self._saved_s(layer) * self.settings.bonus
 
         def split(ahead_s: float) -> Split:
             rest = (ahead_s, busy_s, lasting, saved_s)
@@ -291,42 +284,7 @@ class PreScope:
     # What is copied ahead.
 
     def _foresee(self, predictions: Sequence[Prediction]) -> None:
-        farthest = min(self.settings.lookahead, self.look_ahead)
-        for prediction in predictions:
-            if prediction.distance <= farthest and prediction.layer < self._setup.layers:
-                self._guesses[prediction.layer] = prediction
-                self._forget(prediction.layer)
-
-    def _expected(self, layer: int) -> tuple[list[int], Floats]:
-        """Return whom a layer to come will use and how likely, the likeliest first.
-
-        Worked out when somebody asks: for most layers nobody does.
-        """
-        soon = self._soon.get(layer)
-        if soon is None:
-            prediction = self._guesses.get(layer)
-            if prediction is None:
-                return NOBODY
-            experts, use = self._calibration.note(prediction)
-            soon = self._soon[layer] = experts.tolist(), use
-            if self.settings.protect:
-                likely = int((use >= self.settings.protected_from).sum())
-                self._kept[layer] = soon[0][:likely]
-                self.eviction.spare(layer, experts[:likely])
-        return soon
-
-    def _forget(self, layer: int) -> None:
-        """Expect nobody of a layer any more."""
-        if self._soon.pop(layer, None) is not None and self._kept.pop(layer, ()):
-            self.eviction.spare(layer, ())
-
-    def _everyone(self, layer: int, tokens: int) -> tuple[Prediction, ...]:
-        """A prompt's chunk needs nearly every expert: guess them all."""
-        if layer >= self._setup.layers:
-            return ()
-        count = self._setup.experts[layer]
-        use = 1.0 - (1.0 - self._setup.top_k / count) ** tokens
-        return (Prediction(layer, 1, np.arange(count), np.full(count, use)),)
+        self._foresight.foresee(predictions, min(self.settings.lookahead, self.look_ahead))
 
     def _ahead(
         self, layer: int, window: Window, moment: Moment, link_s: float | None = None
@@ -343,22 +301,20 @@ class PreScope:
         for target, deadline_s in ((layer + 1, window.next_s), (layer + 2, window.second_s)):
             if at_s >= deadline_s:
                 continue
-            experts, use = self._expected(target)
-            here = moment.here(target)
-            missing = [place for place, number in enumerate(experts) if number not in here]
-            if not missing:
+            experts, use = self._foresight.expected(target)
+            if not len(experts):
                 continue
             copy_s = self._setup.layer_bytes[target] / costs.link_bytes_per_s
             copies = Copies(
                 copy_s, self._saved_s(target), self._hopes.kept, price, held, target == layer + 1
             )
-            wanted = [experts[place] for place in missing]
-            later = self._lasting(target, wanted)
-            chosen, hopes, at_s = choose(use[missing], later, at_s, window, copies)
-            for place, hope in zip(chosen, hopes, strict=True):
-                expert = ExpertId(target, wanted[place])
-                wishes.append(Wish(expert, deadline_s, float(use[missing[place]])))
-                self._hopes.hope(expert, hope)
+            chosen, hopes = np.empty_like(experts), np.empty_like(use)
+            guesses = (experts, use, moment.held(target), self._worth(target))
+            count, at_s = choose(*guesses, at_s, window, copies, chosen, hopes)
+            for place in range(count):
+                expert = ExpertId(target, int(experts[chosen[place]]))
+                wishes.append(Wish(expert, deadline_s, float(use[chosen[place]])))
+                self._hopes.hope(expert, float(hopes[place]))
         if wishes:
             self._fruitless = 0
         else:
@@ -390,7 +346,7 @@ class PreScope:
         self._missed = [each for each in self._missed if each.expert not in here(each.layer)]
         if not self._missed:
             return []
-        lasting = {each: self._lasting_of(each) for each in self._missed}
+        lasting = {each: self._lasting(each) for each in self._missed}
         found = max(lasting, key=lasting.__getitem__)
         copy_s = self._setup.layer_bytes[found.layer] / costs.link_bytes_per_s
         pass_s = averages.period_s * self._setup.layers
@@ -402,14 +358,14 @@ class PreScope:
         self._admitting = found
         return [Wish(found, moment.now_s + WHENEVER_S, 0.0, stays=True)]
 
-    def _lasting(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
-        """Return the uses that a slot will save each of a layer's experts, beyond those of whom
-        it displaces."""
-        return self._value.saved(layer, experts)
+    def _worth(self, layer: int) -> Worth:
+        """Return the uses that a slot will save a layer's experts."""
+        return self._value.worth(layer)
 
-    def _lasting_of(self, expert: ExpertId) -> float:
-        """Return the same for one expert."""
-        return self._value.saved_of(expert)
+    def _lasting(self, expert: ExpertId) -> float:
+        """Return the uses that a slot will save an expert, beyond those of whom it displaces."""
+        worth = self._worth(expert.layer)
+        return worth.trust * (float(worth.uses[expert.expert]) - worth.victim_uses)
 
     def _saved_s(self, layer: int) -> float:
         """Seconds that one miss less saves a layer with the usual number of misses."""

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.core import ExpertId
-from runtime.eviction import Eviction, Experts, Floats
+from runtime.eviction import Eviction, Experts
 from runtime.eviction_next_use import ExpectedNextUse
+from runtime.policy_windows import Worth
 from runtime.use_counts import UseCounts
 
 CHECK_PASSES = 8
@@ -108,18 +109,12 @@ class SlotValue:
         if self._check:
             self.trust = max(0.0, min(MOST_TRUST, self._matched / self._squared))
 
-    def saved(self, layer: int, experts: Sequence[int] | Experts) -> Floats:
-        """Return the uses that a slot saves each of these experts of a layer beyond those it costs
-        the victim."""
-        uses: Floats = self._counts.uses(layer, STAY)[experts]
-        return self.trust * (uses - self._victim_uses)
-
-    def saved_of(self, expert: ExpertId) -> float:
-        """Return the same for one expert."""
-        return self.trust * (self._uses(expert, STAY) - self._victim_uses)
+    def worth(self, layer: int) -> Worth:
+        """Return the uses that a slot saves a layer's experts beyond those it costs the victim."""
+        return Worth(self._counts.uses(layer, STAY), self._victim_uses, self.trust)
 
     def saved_beside(self, expert: ExpertId, victim: ExpertId) -> float:
-        """Return the same for one expert and a victim of its own."""
+        """Return the same for one expert beside a victim of its own."""
         return self.trust * (self._uses(expert, STAY) - self._uses(victim, STAY))
 
     def lost(self, passes: float) -> float:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from runtime.compiled import compiled
 
 Floats = NDArray[np.float64]
-Places = NDArray[np.int64]
+Experts = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 SHARE = 0.05
 
@@ -99,34 +100,41 @@ class Copies(NamedTuple):
     next: bool
 
 
-def choose(
-    use: Floats, later: Floats, at_s: float, window: Window, copies: Copies
-) -> tuple[list[int], list[float], float]:
-    """Choose what to copy from `at_s` on, when the link is free, as long as each pays.
+class Worth(NamedTuple):
+    """What slots are worth to a layer's experts: `uses` of each over the time a slot is kept,
+    beyond those of its victim, as far as such estimates are to be trusted."""
 
-    Guesses come in order: `use` is how likely each is used in that layer, `later` how many more
-    uses its slot saves after that. Returns the places of those chosen, what each is hoped to save
-    in uses of that layer, and when the link is free again.
-    """
-    places, hopes = np.empty(len(use), np.int64), np.empty(len(use))
-    chosen, at_s = _choose(use, later, at_s, window, copies, places, hopes)
-    return places[:chosen].tolist(), hopes[:chosen].tolist(), at_s
+    uses: Floats
+    victim_uses: float
+    trust: float
 
 
 @compiled
-def _choose(
+def choose(
+    experts: Experts,
     use: Floats,
-    later: Floats,
+    here: Flags,
+    worth: Worth,
     at_s: float,
     window: Window,
     copies: Copies,
-    places: Places,
+    chosen: Experts,
     hopes: Floats,
 ) -> tuple[int, float]:
+    """Choose what to copy from `at_s` on, when the link is free, as long as each pays.
+
+    Of the guesses, the likeliest first, those that are `here` are passed over. Places of those
+    chosen go into `chosen`, and into `hopes` what each is to save in uses of that layer.
+
+    Returns how many they are, and when the link is free again.
+    """
     deadline_s = window.next_s if copies.next else window.second_s
     begins_s, lands_s, in_time, price_s = -1.0, 0.0, 0.0, 0.0
-    chosen = 0
-    for place in range(len(use)):
+    count = 0
+    for place in range(len(experts)):
+        number = experts[place]
+        if number < len(here) and here[number]:
+            continue
         if at_s >= deadline_s:
             break
         if begins_s != at_s:
@@ -143,12 +151,13 @@ def _choose(
             in_time = 1.0 if late_s <= 0.0 else max(0.0, 1.0 - late_s / copies.saved_s)
             if in_time == 0.0:
                 break
-        if (use[place] * in_time * copies.kept + later[place]) * copies.saved_s > price_s:
-            places[chosen] = place
-            hopes[chosen] = use[place] * in_time
-            chosen += 1
+        later = worth.trust * (worth.uses[number] - worth.victim_uses)
+        if (use[place] * in_time * copies.kept + later) * copies.saved_s > price_s:
+            chosen[count] = place
+            hopes[count] = use[place] * in_time
+            count += 1
             at_s = lands_s
-    return chosen, at_s
+    return count, at_s
 
 
 @compiled

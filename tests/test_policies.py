@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from runtime import calibration, eviction_next_use, policy_windows, scheduler, use_counts
+from runtime.cache import NOBODY
 from runtime.core import ExpertId, PolicyName, Reading
 from runtime.errors import ConfigError
 from runtime.link import chunk_bytes_for
@@ -61,7 +62,9 @@ def routed_of(
 
 
 def moment(**changes: Any) -> Moment:
-    still = Moment(5.0, 1, False, 0.0, 0.0, QueueState(0.0), 0, lambda layer: ())
+    still = Moment(
+        5.0, 1, False, 0.0, 0.0, QueueState(0.0), 0, lambda layer: (), lambda layer: NOBODY
+    )
     return still._replace(**changes)
 
 

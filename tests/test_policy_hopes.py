@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from runtime.cache import NOBODY
 from runtime.core import ExpertId
 from runtime.policy import Moment
 from runtime.policy_hopes import Hopes
@@ -17,7 +18,9 @@ HIT, LATE, NOT_USED, REFUSED = 0, 1, 2, 3
 def moment(left_bytes: int = 0) -> Moment:
     left = {ExpertId(0, LATE): left_bytes} if left_bytes else {}
     queue = QueueState(0.0, left_bytes=left)
-    return Moment(0.0, 1, False, 0.0, 0.0, queue, 0, lambda layer: (HIT, LATE, NOT_USED))
+    return Moment(
+        0.0, 1, False, 0.0, 0.0, queue, 0, lambda layer: (HIT, LATE, NOT_USED), lambda layer: NOBODY
+    )
 
 
 def kept_after(hopes: Hopes, uses: dict[int, float], left_bytes: int = 0) -> float:

@@ -87,5 +87,7 @@ def test_other_rules_than_expected_next_use_are_valued_by_counts_of_our_own() ->
         value.used(0, np.array([0]), float(token), prompt=False)
     assert value.saved_beside(FAVOURITE, VICTIM) > 0.0
     value.replaces(FAVOURITE)
-    assert value.saved(0, [VICTIM.expert])[0] == value.saved_of(VICTIM) < 0.0
+    uses, victim_uses, trust = value.worth(0)
+    assert trust * (uses[VICTIM.expert] - victim_uses) < 0.0
+    assert uses[FAVOURITE.expert] == victim_uses
     assert 0.0 < value.lost(2.0) < value.lost(4.0)

@@ -38,7 +38,7 @@ class OneGuess(Reactive):
 def moment(residency: Residency, *unstarted: ExpertId) -> Moment:
     queue = QueueState(0.0, unstarted=frozenset(unstarted))
     cache = residency.cache
-    return Moment(0.0, 1, False, 0.0, 0.0, queue, cache.free_slots, cache.here)
+    return Moment(0.0, 1, False, 0.0, 0.0, queue, cache.free_slots, cache.here, cache.held)
 
 
 @pytest.mark.parametrize("demands", [(HELD,), (HELD, MISSING)])

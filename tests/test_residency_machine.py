@@ -192,6 +192,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.transfer.state(self.device.now_s()),
             self.residency.cache.free_slots,
             self.residency.cache.here,
+            self.residency.cache.held,
         )
 
     @precondition(lambda self: self.to_compute)
