@@ -138,11 +138,14 @@ class RecipeSource:
         layer = self._layers[expert.layer]
         target = torch.frombuffer(into, dtype=torch.uint8)
         parts = {part.name: part for part in layer.format.parts}
+        places: Mapping[str, Tensor] = {}
         for step in layer.recipes[expert.expert]:
             if self.stop():
                 raise CancelledError("Loading was stopped.")
             if isinstance(step, Encoding):
-                self._encode(views(target, layer.format), step)
+                # Making views takes as long as encoding a small matrix.
+                places = places or views(target, layer.format)
+                self._encode(places, step)
                 continue
             part = parts[step.part]
             raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
