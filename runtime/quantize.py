@@ -63,9 +63,11 @@ def quantise(matrix: Tensor, form: Form) -> Codes:
     scales = torch.empty((rows, columns // width))
     zeros = torch.empty((rows, columns // width)) if form.zeros else None
     step = max(1, _PIECE_ITEMS // columns)
+    piece_numbers = torch.empty((step, columns))
     for begin in range(0, rows, step):
         piece = slice(begin, begin + step)
-        numbers = matrix[piece].float().contiguous().numpy()
+        some = matrix[piece]
+        numbers = piece_numbers[: len(some)].copy_(some).numpy()
         into, steps = codes[piece].numpy(), scales[piece].numpy()
         if zeros is None:
             bits = numbers.view(np.uint32)

@@ -217,16 +217,15 @@ def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
 
 def _write_groups(codes: Codes, scales: Tensor, first: int) -> None:
     """Write scales, and zeros beside them, into (groups, N) or (groups, N, 2) from row `first`."""
-    wide = codes.scales.to(scales.dtype)
-    if codes.zeros is None:
-        scales[:, first : first + len(wide)] = wide.t()
-        return
     # Only those who pack wait for numba to be imported.
-    from runtime.weight_packing_loops import turn_groups
+    from runtime import weight_packing_loops as loops
 
-    whole = torch.int32 if wide.itemsize == 4 else torch.int16
-    each = [tensor.to(scales.dtype).view(whole).numpy() for tensor in (wide, codes.zeros)]
-    turn_groups(each[0], each[1], first, scales.view(whole).numpy())
+    dtype, whole = scales.dtype, torch.int32 if scales.itemsize == 4 else torch.int16
+    groups, wide = scales.view(whole).numpy(), codes.scales.to(dtype).view(whole).numpy()
+    if codes.zeros is None:
+        loops.turn_scales(wide, first, groups)
+    else:
+        loops.turn_groups(wide, codes.zeros.to(dtype).view(whole).numpy(), first, groups)
 
 
 def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:

@@ -63,11 +63,11 @@ def pack_into(
     """Pack rows of four-bit numbers, two to a byte of `numbers`; their number a multiple of 16.
 
     `numbers` is (N, bytes) or (N, runs, bytes), as it lies in a file: the last axis without gaps
-    and a multiple of 8 bytes long, or int32 (N, words) with the first axis without gaps and `apart`
+    and a multiple of 16 bytes long, or int32 (N, words) with the first axis without gaps and `apart`
     1. `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes to the
     first of `planes`, (N, bytes / 2), and its high half to the second, or nowhere if there is only
     one. `signed` ones are int8, and what is packed is 128 more. Otherwise there is one plane, and a
-    byte is two columns that lie `apart` bytes apart: 1, or a multiple of 8.
+    byte is two columns that lie `apart` bytes apart: 1, or a multiple of 16.
     """
     # Only those who pack wait for numba to be imported.
     from runtime import weight_packing_loops as loops

@@ -24,20 +24,25 @@ _LOW_BYTES, _LOW_PAIRS, _LOW_HALF = _U(0x00FF00FF00FF00FF), _U(0x0000FFFF0000FFF
 _0, _1, _2, _4, _8, _16, _32, _64 = (_U(n) for n in (0, 1, 2, 4, 8, 16, 32, 64))
 
 
-def _word_at_code(typing: Any, data: Any, at: Any) -> Any:
-    """Return the eight bytes from `at` on as one word, wherever they lie."""
+def _copy_sixteen_code(typing: Any, data: Any, at: Any, words: Any, to: Any) -> Any:
+    """Copy sixteen bytes from byte `at` on, wherever they lie, to `words` from word `to` on.
+
+    As one vector: a loop over them would check every time whether it overwrites what it reads.
+    """
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, values[0])
-        place = builder.gep(array.data, [values[1]])
-        word = builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()))
-        word.align = 1
-        return word
+        from_, into = (
+            context.make_array(signature.args[n])(context, builder, values[n]).data for n in (0, 2)
+        )
+        two = ir.VectorType(ir.IntType(64), 2).as_pointer()
+        found = builder.load(builder.bitcast(builder.gep(from_, [values[1]]), two), align=1)
+        builder.store(found, builder.bitcast(builder.gep(into, [values[3]]), two), align=8)
+        return context.get_dummy_value()
 
-    return types.uint64(data, types.uint64), code
+    return types.void(data, types.uint64, words, types.uint64), code
 
 
-_word_at: Any = intrinsic(_word_at_code)
+_copy_sixteen: Any = intrinsic(_copy_sixteen_code)
 
 
 @compiled
@@ -56,7 +61,7 @@ def pack_rows(
     """Pack whole blocks of rows of four-bit numbers, two to a byte.
 
     Rows begin `row_bytes` apart, and have so many runs, that lie so many bytes apart, of so many
-    words of eight bytes: `runs`. Each word is taken with `flip` exclusively or'd. With `two_codes`
+    words of eight bytes: `runs`, their number even. Each word is taken with `flip` exclusively or'd. With `two_codes`
     both planes are the same memory, and a byte of `apart_words` words is a column of its own for
     the low halves and, after those of all these words, for the high ones; 0 words stand for single
     bytes. Otherwise a byte is one column, its halves go to a plane each, and the high ones nowhere
@@ -73,14 +78,13 @@ def pack_rows(
     if two_codes:
         gap = _8 * _U(apart_words) if apart_words > 0 else _1
     groups = block // _16
-    # Where each word of a row lies, and where its first column goes.
-    froms, firsts = np.empty(total + _8, np.uint64), np.empty(total + _8, np.uint64)
+    # Where each two words of a row lie, and where the first column of each word goes.
+    froms, firsts = np.empty(total // _2, np.uint64), np.empty(total, np.uint64)
     for word in range(total):
-        froms[word] = word // width * _U(runs[1]) + word % width * _8
+        froms[word // _2] = word // width * _U(runs[1]) + word % width // _2 * _16
         firsts[word] = (word // run * run * word_columns + word % run * _8) * groups
     pair, apart = (_1, block // _2) if halves else (_2, _1)
-    low, high = np.empty(64, np.uint64), np.empty(64, np.uint64)
-    even = runs[0] == 1 and total % _8 == _0
+    square = np.empty(128, np.uint64)
     for number in range(_U(rows) // block):
         before = number * total * word_columns * groups
         for group in range(groups):
@@ -89,36 +93,31 @@ def pack_rows(
                 for k in range(_8):
                     one = (number * block + (group * _8 + k) * pair) * _U(row_bytes)
                     other = one + apart * _U(row_bytes)
-                    if even:
-                        one, other = one + begin * _8, other + begin * _8
-                        for word in range(_8):
-                            a = _word_at(data, one + word * _8) ^ flip
-                            b = _word_at(data, other + word * _8) ^ flip
-                            low[k * _8 + word] = (a & _LOW_NIBBLES) | ((b & _LOW_NIBBLES) << _4)
-                            high[k * _8 + word] = ((a >> _4) & _LOW_NIBBLES) | (b & _HIGH_NIBBLES)
-                    else:
-                        for word in range(count):
-                            a = _word_at(data, one + froms[begin + word]) ^ flip
-                            b = _word_at(data, other + froms[begin + word]) ^ flip
-                            low[k * _8 + word] = (a & _LOW_NIBBLES) | ((b & _LOW_NIBBLES) << _4)
-                            high[k * _8 + word] = ((a >> _4) & _LOW_NIBBLES) | (b & _HIGH_NIBBLES)
-                _turn_bytes(low)
+                    for two in range(count // _2):
+                        at, to = froms[begin // _2 + two], k * _8 + two * _2
+                        _copy_sixteen(data, one + at, square, to)
+                        _copy_sixteen(data, other + at, square, _64 + to)
+                for k in range(_64):
+                    a, b = square[k] ^ flip, square[_64 + k] ^ flip
+                    square[k] = (a & _LOW_NIBBLES) | ((b & _LOW_NIBBLES) << _4)
+                    square[_64 + k] = ((a >> _4) & _LOW_NIBBLES) | (b & _HIGH_NIBBLES)
+                _turn_bytes(square, _0)
                 for word in range(count):
                     to = before + firsts[begin + word] + group
                     for k in range(_8):
-                        low_plane[to + step * groups * k] = low[k * _8 + word]
+                        low_plane[to + step * groups * k] = square[k * _8 + word]
                 if has_high:
-                    _turn_bytes(high)
+                    _turn_bytes(square, _64)
                     for word in range(count):
                         to = before + firsts[begin + word] + gap * groups + group
                         for k in range(_8):
-                            high_plane[to + step * groups * k] = high[k * _8 + word]
+                            high_plane[to + step * groups * k] = square[_64 + k * _8 + word]
 
 
 @compiled
-def _turn_bytes(words: Words) -> None:
-    """Transpose the eight by eight bytes of every column of `words`, (8, 8) but flat."""
-    for w in range(_8):
+def _turn_bytes(words: Words, begin: Any) -> None:
+    """Transpose the eight by eight bytes of every column of (8, 8) words from `begin` on."""
+    for w in range(begin, begin + _8):
         a, b, c, d = words[w], words[_8 + w], words[_16 + w], words[_U(24) + w]
         e, f, g, h = words[_32 + w], words[_U(40) + w], words[_U(48) + w], words[_U(56) + w]
         a, e = _exchanged(a, e, _32, _LOW_HALF)
@@ -178,13 +177,20 @@ def pack_columns(
 
 
 @compiled
+def turn_scales(scales: NDArray[Any], first: int, groups: NDArray[Any]) -> None:
+    """Write scales (N, K / group) into `groups` (K / group, rows), from row `first` of it on."""
+    rows = _U(scales.shape[0])
+    for begin in range(_0, rows, _64):
+        for group in range(_U(scales.shape[1])):
+            for row in range(begin, min(begin + _64, rows)):
+                groups[group, _U(first) + row] = scales[row, group]
+
+
+@compiled
 def turn_groups(
     scales: NDArray[Any], zeros: NDArray[Any], first: int, groups: NDArray[Any]
 ) -> None:
-    """Write scales (N, K / group) and zeros beside them into `groups` (K / group, rows, 2).
-
-    Their first row is number `first` of `groups`.
-    """
+    """Write scales and zeros beside them, (N, K / group), into `groups` (K / group, rows, 2)."""
     rows = _U(scales.shape[0])
     for begin in range(_0, rows, _64):
         for group in range(_U(scales.shape[1])):
