@@ -143,7 +143,7 @@ def _q4_0(blocks: Tensor) -> _Unpacked:
 
 def _q4_1(blocks: Tensor) -> _Unpacked:
     scale = _half(blocks, 0)
-    return blocks[:, 4:], scale, _centred(scale, _half(blocks, 2), 1), 16
+    return blocks[:, 4:], scale, 8 * scale + _half(blocks, 2), 16
 
 
 def _q5_0(blocks: Tensor) -> _Unpacked:
@@ -185,31 +185,23 @@ def _mxfp4(blocks: Tensor) -> _Unpacked:
     return blocks[:, 1:], powers_of_two(blocks[:, :1]), None, 16
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K."""
-    scales, minima = torch.empty((2, len(blocks), 8))
+def _scales_and_zeros(blocks: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return the float32 scales and zeros (blocks, 8) of Q4_K and Q5_K."""
+    scales, zeros = torch.empty((2, len(blocks), 8))
     raw = _flat(blocks)
-    _loops().scales_and_minima(raw, blocks.shape[1], _flat(scales), _flat(minima))
-    return scales, minima
+    _loops().scales_and_zeros(raw, blocks.shape[1], centred, _flat(scales), _flat(zeros))
+    return scales, zeros
 
 
 def _q4_k(blocks: Tensor) -> _Unpacked:
-    scales, minima = _scales_and_minima(blocks)
-    return blocks[:, 16:], scales, _centred(scales, minima, -1), 32
-
-
-def _centred(scales: Tensor, minima: Tensor, sign: int) -> Tensor:
-    """Turn `minima` into what codes of 8 stand for."""
-    places = _flat(minima)
-    _loops().centred_zeros(_flat(scales), places, np.float32(sign), places)
-    return minima
+    return blocks[:, 16:], *_scales_and_zeros(blocks, True), 32
 
 
 def _q5_k(blocks: Tensor) -> _Unpacked:
-    scales, minima = _scales_and_minima(blocks)
+    scales, zeros = _scales_and_zeros(blocks, False)
     numbers = torch.empty((len(blocks), 256), dtype=torch.int8)
     _loops().q5_k(_flat(blocks), _flat(numbers))
-    return numbers, scales, minima.neg_(), 0
+    return numbers, scales, zeros, 0
 
 
 def _q6_k(blocks: Tensor) -> _Unpacked:

@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int8]
 
-_U = np.uint64
+_U, _F = np.uint64, np.float32
 _0, _1, _2, _4, _8, _16, _32, _64 = (_U(n) for n in (0, 1, 2, 4, 8, 16, 32, 64))
 _EIGHT = np.float32(8)
 _HALF_UNIT = np.float32(2.0**112)
@@ -62,26 +62,27 @@ def halves(raw: Bytes, block_bytes: int, begin: int, out: Floats) -> None:
 
 
 @compiled
-def centred_zeros(scales: Floats, minima: Floats, sign: Any, zeros: Floats) -> None:
-    """Write what a four-bit code of 8 stands for: 8 * scale + sign * minimum."""
-    for at in range(_U(scales.size)):
-        zeros[at] = _EIGHT * scales[at] + sign * minima[at]
+def scales_and_zeros(
+    raw: Bytes, block_bytes: int, centred: bool, scales: Floats, zeros: Floats
+) -> None:
+    """Read the eight scales and zeros of every block of Q4_K and Q5_K.
 
-
-@compiled
-def scales_and_minima(raw: Bytes, block_bytes: int, scales: Floats, minima: Floats) -> None:
-    """Read the eight scales and minima of every block of Q4_K and Q5_K: six bits each, packed."""
+    A block has six bits each, packed, for eight scales and minima, and the zero is what the number
+    0 stands for: less the minimum, or if `centred` that of the number 8.
+    """
+    sixes = np.empty(16, np.float32)
     for block in range(_U(scales.size) // _8):
         at = block * _U(block_bytes)
         scale, least = _half(raw, at), _half(raw, at + _2)
         for k in range(_4):
             low, high, both = raw[at + _4 + k], raw[at + _8 + k], raw[at + _U(12) + k]
-            scales[block * _8 + k] = scale * np.float32(low & 63)
-            minima[block * _8 + k] = least * np.float32(high & 63)
-            upper = (both & 15) | ((low >> 6) << 4)
-            scales[block * _8 + _4 + k] = scale * np.float32(upper)
-            upper = (both >> 4) | ((high >> 6) << 4)
-            minima[block * _8 + _4 + k] = least * np.float32(upper)
+            sixes[k], sixes[_8 + k] = _F(low & 63), _F(high & 63)
+            sixes[_4 + k] = _F((both & 15) | ((low >> 6) << 4))
+            sixes[_8 + _4 + k] = _F((both >> 4) | ((high >> 6) << 4))
+        for k in range(_8):
+            own, minimum = scale * sixes[k], least * sixes[_8 + k]
+            scales[block * _8 + k] = own
+            zeros[block * _8 + k] = _EIGHT * own - minimum if centred else -minimum
 
 
 @compiled

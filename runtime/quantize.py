@@ -19,7 +19,7 @@ from runtime.weight_forms import Codes
 INT4_COLUMNS = (64, 32, 128)
 """Sizes of groups by preference: half a bit per weight for the scales, then what divides."""
 _INT8_COLUMNS = 16
-_PIECE_ITEMS = 2**16
+_PIECE_ITEMS = 2**17
 _LARGEST_FITTED = 512
 """Sums over more numbers would be split otherwise than `runtime.quantize_loops` does."""
 

@@ -8,6 +8,7 @@ and keeps a loop from being vectorised.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,45 +24,69 @@ Floats = NDArray[np.float32]
 
 _U, _F = np.uint64, np.float32
 _VARIABLE: Any = cgutils.alloca_once_value
+_SUMS: Any = types.UniTuple(types.float32, 2)
 _32 = _U(32)
 _LEAST_SCALE = _F(1e-30)
 _NONE, _TWO = _F(0), _F(2)
 
 
-def _sum_code(typing: Any, values: Any, begin: Any, parts: Any) -> Any:
-    """Return the sum of `parts` times 32 float32 from `begin` on.
+def _two_sums(terms: Callable[[Any, Any, Any, Any], tuple[Any, Any]]) -> Any:
+    """Return a function of numbers, values, where a group begins, how many 32s it has, a middle.
 
-    By lanes, four rows of eight at once, then these rows, then lanes from the first to the last:
-    an order that a compiler does not choose by itself.
+    It returns the sums of both of `terms`, which are told how to write code, eight numbers, eight
+    values and the middle. They go by lanes, four rows of eight at once, then these rows, then lanes
+    from the first to the last: an order that a compiler does not choose by itself.
     """
+
+    def typed(typing: Any, numbers: Any, values: Any, begin: Any, parts: Any, middle: Any) -> Any:
+        return _SUMS(numbers, values, types.uint64, types.uint64, types.float32), code
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         eight = ir.VectorType(ir.FloatType(), 8)
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        first = builder.gep(data, [arguments[1]])
-        zeros = ir.Constant(eight, None)
-        rows = [_VARIABLE(builder, zeros) for _ in range(4)]
-        with cgutils.for_range(builder, arguments[2]) as loop:
-            begins = builder.mul(loop.index, ir.Constant(loop.index.type, 32))
-            for number, row in enumerate(rows):
-                at = builder.add(begins, ir.Constant(loop.index.type, 8 * number))
-                place = builder.bitcast(builder.gep(first, [at]), eight.as_pointer())
-                found = builder.load(place)
-                found.align = 4
-                builder.store(builder.fadd(builder.load(row), found), row)
-        lanes = builder.load(rows[0])
-        for row in rows[1:]:
-            lanes = builder.fadd(lanes, builder.load(row))
-        total = ir.Constant(ir.FloatType(), 0.0)
+        zero = ir.Constant(eight, None)
+        firsts = [
+            builder.gep(
+                context.make_array(signature.args[n])(context, builder, arguments[n]).data,
+                [arguments[2]],
+            )
+            for n in (0, 1)
+        ]
+        middle = zero
         for lane in range(8):
-            one = builder.extract_element(lanes, ir.Constant(ir.IntType(32), lane))
-            total = builder.fadd(total, one)
-        return total
+            middle = builder.insert_element(middle, arguments[4], ir.IntType(32)(lane))
+        rows = [[_VARIABLE(builder, zero) for _ in range(4)] for _ in range(2)]
+        with cgutils.for_range(builder, arguments[3]) as loop:
+            for number, row in enumerate(zip(*rows, strict=True)):
+                at = builder.add(builder.mul(loop.index, loop.index.type(32)),
+                                 loop.index.type(8 * number))  # fmt: skip
+                places = [builder.gep(first, [at]) for first in firsts]
+                found = [
+                    builder.load(builder.bitcast(place, eight.as_pointer()), align=4)
+                    for place in places
+                ]
+                for term, sum_ in zip(terms(builder, *found, middle), row, strict=True):
+                    builder.store(builder.fadd(builder.load(sum_), term), sum_)
+        totals = []
+        for first, *others in rows:
+            lanes = builder.load(first)
+            for other in others:
+                lanes = builder.fadd(lanes, builder.load(other))
+            total = ir.Constant(ir.FloatType(), 0.0)
+            for lane in range(8):
+                total = builder.fadd(total, builder.extract_element(lanes, ir.IntType(32)(lane)))
+            totals.append(total)
+        return context.make_tuple(builder, signature.return_type, totals)
 
-    return types.float32(values, types.uint64, types.uint64), code
+    return intrinsic(typed)
 
 
-_sum: Any = intrinsic(_sum_code)
+def _squares(builder: Any, numbers: Any, values: Any, middle: Any) -> tuple[Any, Any]:
+    apart = builder.fsub(numbers, middle)
+    return builder.fmul(apart, apart), builder.fmul(apart, values)
+
+
+_sums = _two_sums(lambda builder, numbers, values, middle: (numbers, values))
+_sums_of_squares = _two_sums(_squares)
 
 
 @compiled
@@ -114,7 +139,7 @@ def fitted(
     Otherwise as `symmetric`.
     """
     size, count, groups = _U(width), _F(width), _U(scales.shape[1])
-    numbers, products = np.empty(matrix.shape[1], np.float32), np.empty(matrix.shape[1], np.float32)
+    numbers = np.empty(matrix.shape[1], np.float32)
     middles, means = np.empty(groups, np.float32), np.empty(groups, np.float32)
     parts = size // _32
     for row in range(_U(matrix.shape[0])):
@@ -131,18 +156,11 @@ def fitted(
                 number = np.rint((matrix[row, begin + k] - zero) / scale)
                 numbers[begin + k] = min(max(number, least), most)
         for group in range(groups):
-            middles[group] = _sum(numbers, group * size, parts) / count
-            means[group] = _sum(values, group * size, parts) / count
+            sums = _sums(numbers, values, group * size, parts, _NONE)
+            middles[group], means[group] = sums[0] / count, sums[1] / count
         for group in range(groups):
-            middle = middles[group]
-            for k in range(group * size, group * size + size):
-                numbers[k] -= middle
-        for k in range(products.size):
-            products[k] = numbers[k] * values[k]
-            numbers[k] *= numbers[k]
-        for group in range(groups):
-            spread = max(_sum(numbers, group * size, parts), _LEAST_SCALE)
-            better = _rounded(_sum(products, group * size, parts) / spread, as_bfloat16)
+            sums = _sums_of_squares(numbers, values, group * size, parts, middles[group])
+            better = _rounded(sums[1] / max(sums[0], _LEAST_SCALE), as_bfloat16)
             zeros[row, group] = _rounded(means[group] - better * middles[group], as_bfloat16)
             if better > _NONE:
                 scales[row, group] = better
