@@ -24,7 +24,8 @@ Floats = NDArray[np.float32]
 
 _U, _F = np.uint64, np.float32
 _VARIABLE: Any = cgutils.alloca_once_value
-_SUMS: Any = types.UniTuple(types.float32, 2)
+_TUPLE: Any = types.UniTuple
+_SUMS = _TUPLE(types.float32, 2)
 _32 = _U(32)
 _LEAST_SCALE = _F(1e-30)
 _NONE, _TWO = _F(0), _F(2)
@@ -37,43 +38,39 @@ def _two_sums(terms: Callable[[Any, Any, Any, Any], tuple[Any, Any]]) -> Any:
     values and the middle. They go by lanes, four rows of eight at once, then these rows, then lanes
     from the first to the last: an order that a compiler does not choose by itself.
     """
+    eight = ir.VectorType(ir.FloatType(), 8)
+    nothing = ir.Constant(eight, None)
+    lanes = [ir.Constant(ir.IntType(32), lane) for lane in range(8)]
 
     def typed(typing: Any, numbers: Any, values: Any, begin: Any, parts: Any, middle: Any) -> Any:
         return _SUMS(numbers, values, types.uint64, types.uint64, types.float32), code
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        eight = ir.VectorType(ir.FloatType(), 8)
-        zero = ir.Constant(eight, None)
-        firsts = [
-            builder.gep(
-                context.make_array(signature.args[n])(context, builder, arguments[n]).data,
-                [arguments[2]],
-            )
-            for n in (0, 1)
-        ]
-        middle = zero
-        for lane in range(8):
-            middle = builder.insert_element(middle, arguments[4], ir.IntType(32)(lane))
-        rows = [[_VARIABLE(builder, zero) for _ in range(4)] for _ in range(2)]
+        arrays = zip(signature.args[:2], arguments[:2], strict=True)
+        data = [context.make_array(kind)(context, builder, array).data for kind, array in arrays]
+        firsts = [builder.gep(begin, [arguments[2]]) for begin in data]
+        middle = nothing
+        for lane in lanes:
+            middle = builder.insert_element(middle, arguments[4], lane)
+        sums = [[_VARIABLE(builder, nothing) for _ in range(2)] for _ in range(4)]
         with cgutils.for_range(builder, arguments[3]) as loop:
-            for number, row in enumerate(zip(*rows, strict=True)):
-                at = builder.add(builder.mul(loop.index, loop.index.type(32)),
-                                 loop.index.type(8 * number))  # fmt: skip
+            word = loop.index.type
+            part = builder.mul(loop.index, ir.Constant(word, 32))
+            for number, both in enumerate(sums):
+                at = builder.add(part, ir.Constant(word, 8 * number))
                 places = [builder.gep(first, [at]) for first in firsts]
-                found = [
-                    builder.load(builder.bitcast(place, eight.as_pointer()), align=4)
-                    for place in places
-                ]
-                for term, sum_ in zip(terms(builder, *found, middle), row, strict=True):
+                wide = [builder.bitcast(place, eight.as_pointer()) for place in places]
+                ours, theirs = (builder.load(place, align=4) for place in wide)
+                for term, sum_ in zip(terms(builder, ours, theirs, middle), both, strict=True):
                     builder.store(builder.fadd(builder.load(sum_), term), sum_)
         totals = []
-        for first, *others in rows:
-            lanes = builder.load(first)
-            for other in others:
-                lanes = builder.fadd(lanes, builder.load(other))
+        for rows in zip(*sums, strict=True):
+            row = builder.load(rows[0])
+            for other in rows[1:]:
+                row = builder.fadd(row, builder.load(other))
             total = ir.Constant(ir.FloatType(), 0.0)
-            for lane in range(8):
-                total = builder.fadd(total, builder.extract_element(lanes, ir.IntType(32)(lane)))
+            for lane in lanes:
+                total = builder.fadd(total, builder.extract_element(row, lane))
             totals.append(total)
         return context.make_tuple(builder, signature.return_type, totals)
 

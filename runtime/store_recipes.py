@@ -180,7 +180,7 @@ class RecipeSource:
         first = step.first
         for codes in step.unpack(raw):
             encode(codes, step.matrix, parts, first)
-            first += len(codes.codes)
+            first += codes.codes.shape[0]
 
     def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
         inputs = []

@@ -168,7 +168,7 @@ def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int
     assert codes.form.same_codes(form), (codes.form, matrix)
     assert first % PIECE_ROWS == first % form.rows == 0, (first, matrix)
     numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
-    rows = slice(first, first + len(codes.codes))
+    rows = slice(first, first + codes.codes.shape[0])
     if is_packed(matrix):
         planes = [numbers[rows]]
         if form.kind == "int8":
@@ -177,7 +177,7 @@ def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int
         pack_into(codes.codes, planes, codes.apart, signed=form.kind == "int8")
         _write_groups(codes, scales, first)
         return
-    blocks = slice(first // form.rows, first // form.rows + len(codes.scales))
+    blocks = slice(first // form.rows, first // form.rows + codes.scales.shape[0])
     if form.kind in ("int4", "mxfp4"):
         numbers[rows] = _paired(codes)
     else:

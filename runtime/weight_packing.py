@@ -63,39 +63,41 @@ def pack_into(
     """Pack rows of four-bit numbers, two to a byte of `numbers`; their number a multiple of 16.
 
     `numbers` is (N, bytes) or (N, runs, bytes), as it lies in a file: the last axis without gaps
-    and a multiple of 16 bytes long, or int32 (N, words) with the first axis without gaps and `apart`
-    1. `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes to the
-    first of `planes`, (N, bytes / 2), and its high half to the second, or nowhere if there is only
-    one. `signed` ones are int8, and what is packed is 128 more. Otherwise there is one plane, and a
-    byte is two columns that lie `apart` bytes apart: 1, or a multiple of 16.
+    and a multiple of 16 bytes long, or int32 (N, words) with the first axis without gaps and
+    `apart` 1. `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes
+    to the first of `planes`, (N, bytes / 2), and its high half to the second, or nowhere if there
+    is only one. `signed` ones are int8, and what is packed is 128 more. Otherwise there is one
+    plane, and a byte is two columns that lie `apart` bytes apart: 1, or a multiple of 16.
     """
     # Only those who pack wait for numba to be imported.
     from runtime import weight_packing_loops as loops
 
     how = packing_ or packing()
-    rows, size = len(numbers), numbers.itemsize
+    rows, size, stride = numbers.shape[0], numbers.itemsize, numbers.stride()
+    by_columns = size == 4 and stride == (1, rows)
+    if not by_columns and stride[-1] != 1:
+        numbers = numbers.contiguous()
+        stride = numbers.stride()
+    runs = numbers.shape[1] if len(stride) == 3 else 1
+    data, row_bytes = _memory(numbers), stride[0] * size
+    places: list[NDArray[Any]] = [plane.view(-1).numpy() for plane in planes]
+    plane_bytes = places[0].size // rows
     full = rows - rows % how.rows
-    *outer, inner = numbers.stride()
-    by_columns = size == 4 and numbers.stride() == (1, rows)
-    if not by_columns and inner != 1:
-        *outer, inner = (numbers := numbers.contiguous()).stride()
-    runs = numbers.shape[1] if numbers.dim() == 3 else 1
-    data = _memory(numbers)
     for begin, end, block in ((0, full, how), (full, rows, Packing(rows - full, halves=False))):
         if begin == end:
             continue
-        places = [plane[begin:end].view(-1).numpy() for plane in planes]
+        some = [place[begin * plane_bytes : end * plane_bytes] for place in places]
         if by_columns:
             assert apart == 1, apart
             words = data.view(np.uint32).reshape(-1, rows)
-            loops.pack_columns(words, begin, end, places[0], block.rows, block.halves)
+            loops.pack_columns(words, begin, end, some[0], block.rows, block.halves)
             continue
-        wide = [plane.view(np.uint64) for plane in places]
+        wide = [place.view(np.uint64) for place in some]
         loops.pack_rows(
-            data[begin * outer[0] * size :],
+            data[begin * row_bytes :],
             end - begin,
-            outer[0] * size,
-            (runs, outer[-1] * size, numbers.shape[-1] * size // 8),
+            row_bytes,
+            (runs, stride[-2] * size, numbers.shape[-1] * size // 8),
             _SIGNS if signed else _NO_SIGNS,
             (wide[0], wide[0][:0] if apart == 0 and len(wide) == 1 else wide[-1]),
             apart > 0,
@@ -107,6 +109,9 @@ def pack_into(
 
 def _memory(numbers: Tensor) -> NDArray[np.uint8]:
     """Return the bytes from the first to the last one of a tensor, gaps and all."""
+    if numbers.is_contiguous():
+        whole: NDArray[Any] = numbers.view(-1).numpy()
+        return whole.view(np.uint8)
     pairs = zip(numbers.shape, numbers.stride(), strict=True)
     extent = 1 + sum((size - 1) * stride for size, stride in pairs)
     flat: NDArray[Any] = numbers.as_strided((extent,), (1,)).numpy()

@@ -61,11 +61,11 @@ def pack_rows(
     """Pack whole blocks of rows of four-bit numbers, two to a byte.
 
     Rows begin `row_bytes` apart, and have so many runs, that lie so many bytes apart, of so many
-    words of eight bytes: `runs`, their number even. Each word is taken with `flip` exclusively or'd. With `two_codes`
-    both planes are the same memory, and a byte of `apart_words` words is a column of its own for
-    the low halves and, after those of all these words, for the high ones; 0 words stand for single
-    bytes. Otherwise a byte is one column, its halves go to a plane each, and the high ones nowhere
-    if theirs is empty.
+    words of eight bytes: `runs`, their number even. Each word is taken with `flip` exclusively
+    or'd. With `two_codes` both planes are the same memory, and a byte of `apart_words` words is a
+    column of its own for the low halves and, after those of all these words, for the high ones; 0
+    words stand for single bytes. Otherwise a byte is one column, its halves go to a plane each, and
+    the high ones nowhere if theirs is empty.
     """
     low_plane, high_plane = planes
     has_high = high_plane.size > 0
