@@ -20,7 +20,6 @@ FLOORS = {
     "formats": 0,
     "compiled": 0,
     "wire": 0,
-    "compiled": 0,
     "planner": 1,
     "profiles": 1,
     "cache": 1,
