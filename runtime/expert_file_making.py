@@ -126,7 +126,7 @@ class LayerForms:
             first = 0
             for codes in quantiser.in_pieces(weight, matrix.form, stop, f"{name} of {whose}"):
                 encode(codes, matrix, targets, first)
-                first += len(codes.codes)
+                first += codes.codes.shape[0]
 
 
 def quantised_layer(

@@ -49,6 +49,15 @@ class Form:
     zeros: bool = False
     scale_dtype: ScaleDtype = "float32"
 
+    def same_codes(self, other: Form) -> bool:
+        """Say whether nothing but the dtype of scales differs."""
+        return (self.kind, self.rows, self.columns, self.zeros) == (
+            other.kind,
+            other.rows,
+            other.columns,
+            other.zeros,
+        )
+
 
 @dataclass(frozen=True)
 class Matrix:

@@ -8,8 +8,12 @@ does the zero of a four-bit block unless its scale and minimum lie 2 ** 4 or mor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.formats import Form
@@ -31,7 +35,9 @@ FORMS = {
 }
 _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # The sixteen steps of ggml's non-linear four-bit types.
-_IQ4_STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ4_STEPS = np.array(
+    (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8
+)
 _PIECE_ITEMS = 2**19
 
 
@@ -126,12 +132,9 @@ _Unpacked = tuple[Tensor, Tensor, Tensor | None, int]
 
 def _half(blocks: Tensor, begin: int) -> Tensor:
     """Return a float16 of every block as float32 (blocks, 1)."""
-    return blocks[:, begin : begin + 2].contiguous().view(torch.float16).float()
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """Return the low halves of the bytes of a run, and then its high halves."""
-    return torch.cat((packed & 15, packed >> 4), -1)
+    found = torch.empty((len(blocks), 1))
+    _loops().halves(_flat(blocks), blocks.shape[1], begin, _flat(found))
+    return found
 
 
 def _q4_0(blocks: Tensor) -> _Unpacked:
@@ -143,37 +146,35 @@ def _q4_1(blocks: Tensor) -> _Unpacked:
     return blocks[:, 4:], scale, 8 * scale + _half(blocks, 2), 16
 
 
-def _fifth_bits(blocks: Tensor, begin: int) -> Tensor:
-    """Return the fifth bit (blocks, 32) of each number, 16 where it is set."""
-    bits = torch.arange(8, dtype=torch.uint8)
-    return ((blocks[:, begin : begin + 4].unsqueeze(2) >> bits & 1) << 4).flatten(1)
-
-
 def _q5_0(blocks: Tensor) -> _Unpacked:
-    numbers = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
-    return numbers.to(torch.int8) - 16, _half(blocks, 0), None, 0
+    return _five_bits(blocks, 2, 16), _half(blocks, 0), None, 0
 
 
 def _q5_1(blocks: Tensor) -> _Unpacked:
-    numbers = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
-    return numbers.to(torch.int8), _half(blocks, 0), _half(blocks, 2), 0
+    return _five_bits(blocks, 4, 0), _half(blocks, 0), _half(blocks, 2), 0
 
 
-def _stepped(nibbles: Tensor) -> Tensor:
-    return torch.tensor(_IQ4_STEPS, dtype=torch.int8)[nibbles.int()]
+def _five_bits(blocks: Tensor, begin: int, middle: int) -> Tensor:
+    numbers = torch.empty((len(blocks), 32), dtype=torch.int8)
+    _loops().five_bits(_flat(blocks), blocks.shape[1], begin, middle, _flat(numbers))
+    return numbers
 
 
 def _iq4_nl(blocks: Tensor) -> _Unpacked:
-    return _stepped(_nibbles(blocks[:, 2:])), _half(blocks, 0), None, 0
+    return _stepped(blocks, 2, 1), _half(blocks, 0), None, 0
 
 
 def _iq4_xs(blocks: Tensor) -> _Unpacked:
-    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), 2).flatten(1)
-    bits = torch.arange(0, 8, 2, dtype=torch.uint8)
-    high = (blocks[:, 2:4].unsqueeze(2) >> bits & 3).flatten(1)
-    scales = (low | (high << 4)).to(torch.int8) - 32
-    numbers = _stepped(_nibbles(blocks[:, 8:].view(-1, 8, 16))).flatten(1)
-    return numbers, _half(blocks, 0) * scales, None, 0
+    scales = torch.empty((len(blocks), 8))
+    _loops().iq4_xs_scales(_flat(blocks), _flat(scales))
+    return _stepped(blocks, 8, 8), scales, None, 0
+
+
+def _stepped(blocks: Tensor, begin: int, runs: int) -> Tensor:
+    numbers = torch.empty((len(blocks), runs * 32), dtype=torch.int8)
+    raw, places = _flat(blocks), _flat(numbers)
+    _loops().stepped(raw, blocks.shape[1], begin, runs, _IQ4_STEPS, places)
+    return numbers
 
 
 def _q8_0(blocks: Tensor) -> _Unpacked:
@@ -184,37 +185,43 @@ def _mxfp4(blocks: Tensor) -> _Unpacked:
     return blocks[:, 1:], powers_of_two(blocks[:, :1]), None, 16
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the float32 scales and minima (blocks, 8) of Q4_K and Q5_K: 6 bits each, packed."""
-    # Four of them to an int32.
-    first, second, third = blocks[:, 4:16].contiguous().view(torch.int32).unbind(1)
-    upper = ((first >> 2) & 0x30303030, (second >> 2) & 0x30303030)
-    lower = (third & 0x0F0F0F0F, (third >> 4) & 0x0F0F0F0F)
-    words = (first & 0x3F3F3F3F, lower[0] | upper[0], second & 0x3F3F3F3F, lower[1] | upper[1])
-    sixes = torch.stack(words, 1).view(torch.uint8).float()
-    return _half(blocks, 0) * sixes[:, :8], _half(blocks, 2) * sixes[:, 8:]
+def _scales_and_zeros(blocks: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return the float32 scales and zeros (blocks, 8) of Q4_K and Q5_K."""
+    scales, zeros = torch.empty((2, len(blocks), 8))
+    raw = _flat(blocks)
+    _loops().scales_and_zeros(raw, blocks.shape[1], centred, _flat(scales), _flat(zeros))
+    return scales, zeros
 
 
 def _q4_k(blocks: Tensor) -> _Unpacked:
-    scales, minima = _scales_and_minima(blocks)
-    return blocks[:, 16:], scales, 8 * scales - minima, 32
+    return blocks[:, 16:], *_scales_and_zeros(blocks, True), 32
 
 
 def _q5_k(blocks: Tensor) -> _Unpacked:
-    scales, minima = _scales_and_minima(blocks)
-    low = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
-    bits = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
-    high = (blocks[:, 16:48].unsqueeze(1) >> bits) & 1
-    return (low | (high << 4)).to(torch.int8).flatten(1), scales, -minima, 0
+    scales, zeros = _scales_and_zeros(blocks, False)
+    numbers = torch.empty((len(blocks), 256), dtype=torch.int8)
+    _loops().q5_k(_flat(blocks), _flat(numbers))
+    return numbers, scales, zeros, 0
 
 
 def _q6_k(blocks: Tensor) -> _Unpacked:
-    low = _nibbles(blocks[:, :128].view(-1, 2, 64))
-    bits = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
-    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> bits) & 3
-    numbers = (low | (high.flatten(2) << 4)).to(torch.int8) - 32
-    scales = blocks[:, 192:208].contiguous().view(torch.int8)
-    return numbers.flatten(1), _half(blocks, 208) * scales, None, 0
+    numbers = torch.empty((len(blocks), 256), dtype=torch.int8)
+    scales = torch.empty((len(blocks), 16))
+    _loops().q6_k(_flat(blocks), _flat(numbers))
+    _loops().q6_k_scales(_flat(blocks), _flat(scales))
+    return numbers, scales, None, 0
+
+
+def _loops() -> ModuleType:
+    """Import the compiled loops: only those who unpack wait for numba."""
+    from runtime import gguf_loops
+
+    return gguf_loops
+
+
+def _flat(numbers: Tensor) -> NDArray[Any]:
+    flat: NDArray[Any] = numbers.view(-1).numpy()
+    return flat
 
 
 _UNPACK = {

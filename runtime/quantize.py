@@ -9,6 +9,7 @@ for another 3 %. Scales are rounded as they are held before numbers are chosen f
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ INT4_COLUMNS = (64, 32, 128)
 """Sizes of groups by preference: half a bit per weight for the scales, then what divides."""
 _INT8_COLUMNS = 16
 _PIECE_ITEMS = 2**17
-_SMALLEST_SCALE = 1e-30
+_LARGEST_FITTED = 512
+"""Sums over more numbers would be split otherwise than `runtime.quantize_loops` does."""
 
 
 def form_of(kind: FormKind, shape: tuple[int, int]) -> Form | None:
@@ -43,65 +45,36 @@ def quantise(matrix: Tensor, form: Form) -> Codes:
 
     Numbers that are not finite are the caller's to refuse: they spoil their group.
     """
+    # Only those who quantise wait for numba to be imported.
+    from runtime import quantize_loops as loops
+
     assert form.kind in ("int8", "int4"), form
     assert form.rows == 1, form
     rows, columns = matrix.shape
     width = form.columns or columns
     assert columns % width == 0, (matrix.shape, form)
-    # Signed first: torch turns floats into those five times as fast.
+    assert not form.zeros or width % 32 == 0 and width <= _LARGEST_FITTED, form
+    assert form.scale_dtype in ("float32", "bfloat16"), form
+    least, most = (-8, 7) if form.kind == "int4" else (-128, 127)
+    low, high = np.float32(least), np.float32(most)
+    more = np.float32(-least if form.kind == "int4" else 0)
+    rounds = form.scale_dtype == "bfloat16"
     codes = torch.empty((rows, columns), dtype=torch.int8)
     scales = torch.empty((rows, columns // width))
     zeros = torch.empty((rows, columns // width)) if form.zeros else None
-    scale_dtype: torch.dtype = getattr(torch, form.scale_dtype)
-    for begin in range(0, rows, max(1, _PIECE_ITEMS // columns)):
-        piece = slice(begin, begin + max(1, _PIECE_ITEMS // columns))
-        groups = matrix[piece].float().reshape(-1, columns // width, width)
+    step = max(1, _PIECE_ITEMS // columns)
+    piece_numbers = torch.empty((step, columns))
+    for begin in range(0, rows, step):
+        piece = slice(begin, begin + step)
+        some = matrix[piece]
+        numbers = piece_numbers[: len(some)].copy_(some).numpy()
+        into, steps = codes[piece].numpy(), scales[piece].numpy()
         if zeros is None:
-            scale = _symmetric(groups, form.kind, scale_dtype)
-            numbers = _nearest(groups, scale, None, form.kind)
+            bits = numbers.view(np.uint32)
+            loops.symmetric(numbers, bits, width, low, high, more, rounds, into, steps)
         else:
-            scale, zero = _range(groups, form.kind, scale_dtype)
-            fitted = _fitted(groups, _nearest(groups, scale, zero, form.kind), scale_dtype)
-            scale, zero = torch.where(fitted[0] > 0, fitted[0], scale), fitted[1]
-            numbers = _nearest(groups, scale, zero, form.kind)
-            zeros[piece] = zero.squeeze(2)
-        scales[piece] = scale.squeeze(2)
-        codes[piece] = numbers.flatten(1)
+            signed, offsets = numbers.view(np.int32), zeros[piece].numpy()
+            loops.fitted(numbers, signed, width, low, high, more, rounds, into, steps, offsets)
     if form.kind == "int4":
-        codes = codes.view(torch.uint8).add_(8)
+        codes = codes.view(torch.uint8)
     return Codes(form, codes, scales, zeros)
-
-
-def _limits(kind: FormKind) -> tuple[int, int]:
-    return (-8, 7) if kind == "int4" else (-128, 127)
-
-
-def _nearest(groups: Tensor, scale: Tensor, zero: Tensor | None, kind: FormKind) -> Tensor:
-    numbers = groups / scale if zero is None else (groups - zero).div_(scale)
-    return numbers.round_().clamp_(*_limits(kind))
-
-
-def _symmetric(groups: Tensor, kind: FormKind, dtype: torch.dtype) -> Tensor:
-    largest = groups.abs().amax(2, keepdim=True)
-    return (largest / _limits(kind)[1]).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
-
-
-def _range(groups: Tensor, kind: FormKind, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # `aminmax` along an axis takes ten times as long as both of them.
-    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    least, most = _limits(kind)
-    scale = ((high - low) / (most - least)).clamp_(min=_SMALLEST_SCALE).to(dtype).float()
-    return scale, ((low + high - scale * (least + most)) / 2).to(dtype).float()
-
-
-def _fitted(groups: Tensor, numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the scale and zero with the least squared error for `numbers`; scale 0: all equal.
-
-    Nothing is left of `numbers`.
-    """
-    middle, mean = numbers.mean(2, keepdim=True), groups.mean(2, keepdim=True)
-    apart = numbers.sub_(middle)
-    spread = apart.square().sum(2, keepdim=True)
-    scale = apart.mul_(groups).sum(2, keepdim=True) / spread.clamp(min=_SMALLEST_SCALE)
-    scale = scale.to(dtype).float()
-    return scale, (mean - scale * middle).to(dtype).float()

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.formats import Form
 from runtime.weight_forms import PIECE_ROWS, Codes, powers_of_two
-from runtime.weight_packing import exchange, turned
 
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+_IN_ORDER = np.arange(8, dtype=np.uint64)
+_AWQ_PLACES = np.array((0, 4, 1, 5, 2, 6, 3, 7), np.uint64)
 """Which four bits of a word, counted from the lowest, each of its eight outputs has."""
 _PIECE_NUMBERS = 2**19
 
@@ -50,32 +51,16 @@ def mxfp4(form: Form, blocks: Tensor, scales: Tensor) -> Iterable[Codes]:
 
 def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Iterator[Codes]:
     """`qweight` int32 (K, N / 8), `qzeros` int32 (K / group, N / 8), `scales` (K / group, N)."""
+    # Only those who unpack wait for numba to be imported.
+    from runtime import quantized_loops as loops
+
+    words, wide = _unsigned(qweight), scales.float()
+    zeros = torch.empty_like(wide)
+    loops.zeros_of(_unsigned(qzeros), _AWQ_PLACES, False, wide.numpy(), zeros.numpy())
     for outputs in _outputs(scales.shape[1], len(qweight)):
-        words = slice(outputs.start // 8, outputs.stop // 8)
-        zeros = _awq_zeros(qzeros[:, words])
-        wide = scales[:, outputs].t().float().contiguous()
-        yield Codes(form, _awq_rows(qweight[:, words]), wide, (8 - zeros) * wide, apart=1)
-
-
-def _awq_rows(words: Tensor) -> Tensor:
-    """int32 (K, N / 8), outputs in AutoAWQ's order, to int32 (N, K / 8), inputs in order."""
-    inputs, outputs = words.shape
-    # Eight words below each other are a square of four-bit numbers, which is turned.
-    square = words.numpy().view(np.uint32).reshape(inputs // 8, 8, outputs).swapaxes(0, 1).copy()
-    exchange(square[:4], square[4:], 16)
-    for bits, step in ((8, 2), (4, 1)):
-        pairs = square.reshape(4 // step, 2, step, -1)
-        exchange(pairs[:, 0], pairs[:, 1], bits)
-    rows = np.empty((outputs, 8, inputs // 8), dtype=np.uint32)
-    for output, place in enumerate(_AWQ_PLACES):
-        rows[:, output] = turned(square[place])
-    return torch.from_numpy(rows.view(np.int32)).flatten(0, 1)
-
-
-def _awq_zeros(words: Tensor) -> Tensor:
-    """int32 (groups, N / 8), outputs in AutoAWQ's order, to float32 (N, groups)."""
-    places = torch.tensor(_AWQ_PLACES) * 4
-    return (words.t().unsqueeze(1) >> places[:, None].int() & 15).flatten(0, 1).float()
+        turned = torch.empty((len(qweight) // 8, outputs.stop - outputs.start), dtype=torch.int32)
+        loops.turn_words(words, _AWQ_PLACES, outputs.start, _unsigned(turned))
+        yield Codes(form, turned.t(), wide[:, outputs].t(), zeros[:, outputs].t(), apart=1)
 
 
 def gptq(
@@ -85,14 +70,18 @@ def gptq(
 
     `scales` is (K / group, N). Also says whether a form without zeros may stand for these.
     """
-    zeros, middle = qzeros.view(torch.uint8), 128
+    wide = scales.float()
     if form.kind == "int4":
-        zeros, middle = _nibbles(zeros), 8
-    # uint8 wraps where the zero point 0 was kept as the largest number.
-    zeros = ((zeros + int(zeros_less_one)) & (2 * middle - 1)).t()
-    wide = scales.t().float().contiguous()
-    offsets = (middle - zeros.float()) * wide if form.zeros else None
-    return _rows(form, qweight.t(), wide, offsets), bool((zeros == middle).all())
+        # Only those who unpack wait for numba to be imported.
+        from runtime.quantized_loops import zeros_of
+
+        points, offsets = _unsigned(qzeros), torch.empty_like(wide)
+        symmetric = zeros_of(points, _IN_ORDER, zeros_less_one, wide.numpy(), offsets.numpy())
+    else:
+        # uint8 wraps where the zero point 0 was kept as the largest number.
+        zeros = qzeros.view(torch.uint8) + int(zeros_less_one)
+        symmetric, offsets = bool((zeros == 128).all()), (128 - zeros.float()) * wide
+    return _rows(form, qweight.t(), wide.t(), offsets.t() if form.zeros else None), symmetric
 
 
 def packed(
@@ -153,6 +142,8 @@ def join(form: Form, matrices: Sequence[Codes]) -> Codes:
 
 def finer(codes: Codes, form: Form) -> Codes:
     """Return one of the matrices that `joined_form` was told of, in the form it returned."""
+    if codes.form == form:
+        return codes
     zeros = None if codes.zeros is None else _finer(codes, codes.zeros, form)
     return replace(codes, form=form, scales=_finer(codes, codes.scales, form), zeros=zeros)
 
@@ -160,6 +151,11 @@ def finer(codes: Codes, form: Form) -> Codes:
 def _finer(piece: Codes, blocks: Tensor, form: Form) -> Tensor:
     rows = -(-piece.codes.shape[0] // form.rows)
     return blocks.repeat_interleave(piece.form.rows // form.rows, 0)[:rows]
+
+
+def _unsigned(words: Tensor) -> NDArray[np.uint32]:
+    """Return the memory of int32 words."""
+    return words.numpy().view(np.uint32)
 
 
 def _turned(words: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Shapes are checked here; nothing is read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
@@ -264,10 +265,9 @@ def _int_form(scheme: Scheme) -> Form:
 
 def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Iterable[Codes]:
     weight, scales, zeros, *order = typed
-    inputs = scales.shape[0] * form.columns if form.columns else 0
     for groups in order:
-        columns = form.columns or groups.numel()
-        if not torch.equal(groups.long(), torch.arange(inputs or groups.numel()) // columns):
+        inputs = scales.shape[0] * form.columns if form.columns else groups.numel()
+        if not torch.equal(groups, _in_order(inputs, form.columns or inputs, groups.dtype)):
             raise UnsupportedModelError(
                 f"{name} has its weights in the order of activations (act-order), which cannot be"
                 " read.",
@@ -279,6 +279,12 @@ def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Iterab
             f"{name} has zero points, but its quantization_config says sym.", _AGAIN
         )
     return codes
+
+
+@functools.lru_cache(maxsize=8)
+def _in_order(inputs: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the group of each input, as g_idx has it; kept because every matrix is asked."""
+    return (torch.arange(inputs) // columns).to(dtype)
 
 
 def _wrong(entry: TensorEntry, what: str) -> NoReturn:

@@ -138,11 +138,14 @@ class RecipeSource:
         layer = self._layers[expert.layer]
         target = torch.frombuffer(into, dtype=torch.uint8)
         parts = {part.name: part for part in layer.format.parts}
+        places: Mapping[str, Tensor] = {}
         for step in layer.recipes[expert.expert]:
             if self.stop():
                 raise CancelledError("Loading was stopped.")
             if isinstance(step, Encoding):
-                self._encode(views(target, layer.format), step)
+                # Making views takes as long as encoding a small matrix.
+                places = places or views(target, layer.format)
+                self._encode(places, step)
                 continue
             part = parts[step.part]
             raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
@@ -177,7 +180,7 @@ class RecipeSource:
         first = step.first
         for codes in step.unpack(raw):
             encode(codes, step.matrix, parts, first)
-            first += len(codes.codes)
+            first += codes.codes.shape[0]
 
     def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
         inputs = []

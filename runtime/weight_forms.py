@@ -14,7 +14,7 @@ is the low nibble.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,8 +36,6 @@ _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
 PIECE_ROWS = LARGEST_BLOCK
 """Rows of a matrix that is written in pieces begin at a multiple of this."""
-_PIECE_BYTES = 2**18
-"""So much is packed at once: numpy's overhead does not show, and it stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -167,19 +165,19 @@ def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int
     for `scale_dtype`. Scales of mxfp4 must be powers of two from 2 ** -127 to 2 ** 127.
     """
     form = matrix.form
-    assert replace(codes.form, scale_dtype=form.scale_dtype) == form, (codes.form, matrix)
+    assert codes.form.same_codes(form), (codes.form, matrix)
     assert first % PIECE_ROWS == first % form.rows == 0, (first, matrix)
     numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
-    rows = slice(first, first + len(codes.codes))
+    rows = slice(first, first + codes.codes.shape[0])
     if is_packed(matrix):
         planes = [numbers[rows]]
         if form.kind == "int8":
             # code == 16 * (high - 8) + low, both 0 to 15; the plane of the high ones comes first.
             planes = [numbers[matrix.shape[0] :][rows], numbers[rows]]
-        _pack_rows(codes, planes)
-        _write_groups(codes, scales[:, rows])
+        pack_into(codes.codes, planes, codes.apart, signed=form.kind == "int8")
+        _write_groups(codes, scales, first)
         return
-    blocks = slice(first // form.rows, first // form.rows + len(codes.scales))
+    blocks = slice(first // form.rows, first // form.rows + codes.scales.shape[0])
     if form.kind in ("int4", "mxfp4"):
         numbers[rows] = _paired(codes)
     else:
@@ -217,29 +215,17 @@ def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
     return Codes(form, numbers, scales.float(), zeros)
 
 
-def _pack_rows(codes: Codes, planes: Sequence[Tensor]) -> None:
-    """Pack a few rows at a time: what is made of them on the way stays in the processor's cache."""
-    row_bytes = codes.codes[:1].nbytes
-    step = max(PIECE_ROWS, _PIECE_BYTES // row_bytes // PIECE_ROWS * PIECE_ROWS)
-    for begin in range(0, len(codes.codes), step):
-        rows = slice(begin, begin + step)
-        numbers = _bytes_of(codes.codes[rows])
-        if codes.form.kind == "int8":
-            numbers = numbers ^ np.uint8(128)
-        pack_into(numbers, [plane[rows] for plane in planes], codes.apart)
+def _write_groups(codes: Codes, scales: Tensor, first: int) -> None:
+    """Write scales, and zeros beside them, into (groups, N) or (groups, N, 2) from row `first`."""
+    # Only those who pack wait for numba to be imported.
+    from runtime import weight_packing_loops as loops
 
-
-def _write_groups(codes: Codes, scales: Tensor) -> None:
-    """Write scales, and zeros beside them, into (groups, N) or (groups, N, 2)."""
-    wide = codes.scales.to(scales.dtype)
+    dtype, whole = scales.dtype, torch.int32 if scales.itemsize == 4 else torch.int16
+    groups, wide = scales.view(whole).numpy(), codes.scales.to(dtype).view(whole).numpy()
     if codes.zeros is None:
-        scales.copy_(wide.t())
-        return
-    # A scale and its zero move as one number.
-    half, whole = (torch.int32, torch.int64) if wide.itemsize == 4 else (torch.int16, torch.int32)
-    each = [tensor.view(half).numpy() for tensor in (wide, codes.zeros.to(scales.dtype))]
-    both = torch.from_numpy(np.stack(each, 2)).view(whole)
-    scales.view(whole).squeeze(2).copy_(both.squeeze(2).t())
+        loops.turn_scales(wide, first, groups)
+    else:
+        loops.turn_groups(wide, codes.zeros.to(dtype).view(whole).numpy(), first, groups)
 
 
 def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:

@@ -4,15 +4,14 @@ torch packs differently for AVX512, AVX2 and other CPUs: blocks of rows, column 
 a byte holds two rows of its block, either neighbours or one of each half. Rows that fill no block
 are always packed as neighbours. Which it is, is learnt once from torch's own packing.
 
-Doing it here takes a tenth of torch's time: files hold two numbers to a byte already, along a row
-instead of along a column. So fields are exchanged between whole rows, four bits and then bytes at
-a time, which leaves a transposition of four-byte words.
+Doing it here takes a fiftieth of torch's time: files hold two numbers to a byte already, along a
+row instead of along a column, and only bits change their places.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import Tensor
 
 LARGEST_BLOCK = 64
 """No packing has blocks of more rows."""
-_LOWER_FIELDS = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
 _LINE_WORDS = 16
+_NO_SIGNS, _SIGNS = np.uint64(0), np.uint64(0x8080808080808080)
 
 Words = NDArray[np.uint32]
 
@@ -50,48 +49,73 @@ def packing() -> Packing:
     second_column = int((first == 0).nonzero()[1])
     found = Packing(2 * second_column, halves=int(second[0]) != 1)
     for digit, theirs in ((codes & 15, low), (codes >> 4, high)):
-        assert torch.equal(pack(digit, found).flatten(), theirs), found
+        assert torch.equal(unpack(theirs.view(len(codes), -1), found), digit), found
     return found
 
 
-def pack(codes: Tensor, packing_: Packing | None = None) -> Tensor:
-    """Return uint8 (N, K / 2) for codes of 0 to 15, (N, K); N a multiple of 16, K of 4."""
-    packed = torch.empty((len(codes), codes.shape[1] // 2), dtype=torch.uint8)
-    pack_into(codes.to(torch.uint8).numpy(), [packed], 0, packing_)
-    return packed
-
-
 def pack_into(
-    numbers: NDArray[np.uint8],
+    numbers: Tensor,
     planes: Sequence[Tensor],
     apart: int,
+    signed: bool = False,
     packing_: Packing | None = None,
 ) -> None:
-    """Pack rows of four-bit numbers, two to a byte of `numbers` (N, bytes); N a multiple of 16.
+    """Pack rows of four-bit numbers, two to a byte of `numbers`; their number a multiple of 16.
 
-    `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes to the
-    first of `planes`, (N, bytes / 2), and its high half to the second; where there is only one,
-    high halves are 0. Otherwise there is one, (N, bytes), and a byte is two columns that lie
-    `apart` bytes apart: 1, or a multiple of 4.
+    `numbers` is (N, bytes) or (N, runs, bytes), as it lies in a file: the last axis without gaps
+    and a multiple of 16 bytes long, or int32 (N, words) with the first axis without gaps and
+    `apart` 1. `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes
+    to the first of `planes`, (N, bytes / 2), and its high half to the second, or nowhere if there
+    is only one. `signed` ones are int8, and what is packed is 128 more. Otherwise there is one
+    plane, and a byte is two columns that lie `apart` bytes apart: 1, or a multiple of 16.
     """
+    # Only those who pack wait for numba to be imported.
+    from runtime import weight_packing_loops as loops
+
     how = packing_ or packing()
-    full = len(numbers) - len(numbers) % how.rows
-    if full:
-        tops = [plane[:full] for plane in planes]
-        _pack_blocks(numbers[:full], tops, apart, how)
-    if full < len(numbers):
-        tails = [plane[full:] for plane in planes]
-        _pack_blocks(numbers[full:], tails, apart, Packing(len(numbers) - full, halves=False))
+    rows, size, stride = numbers.shape[0], numbers.itemsize, numbers.stride()
+    by_columns = size == 4 and stride == (1, rows)
+    if not by_columns and stride[-1] != 1:
+        numbers = numbers.contiguous()
+        stride = numbers.stride()
+    runs = numbers.shape[1] if len(stride) == 3 else 1
+    data, row_bytes = _memory(numbers), stride[0] * size
+    places: list[NDArray[Any]] = [plane.view(-1).numpy() for plane in planes]
+    plane_bytes = places[0].size // rows
+    full = rows - rows % how.rows
+    for begin, end, block in ((0, full, how), (full, rows, Packing(rows - full, halves=False))):
+        if begin == end:
+            continue
+        some = [place[begin * plane_bytes : end * plane_bytes] for place in places]
+        if by_columns:
+            assert apart == 1, apart
+            words = data.view(np.uint32).reshape(-1, rows)
+            loops.pack_columns(words, begin, end, some[0], block.rows, block.halves)
+            continue
+        wide = [place.view(np.uint64) for place in some]
+        loops.pack_rows(
+            data[begin * row_bytes :],
+            end - begin,
+            row_bytes,
+            (runs, stride[-2] * size, numbers.shape[-1] * size // 8),
+            _SIGNS if signed else _NO_SIGNS,
+            (wide[0], wide[0][:0] if apart == 0 and len(wide) == 1 else wide[-1]),
+            apart > 0,
+            apart // 8,
+            block.rows,
+            block.halves,
+        )
 
 
-def exchange(first: NDArray[Any], second: NDArray[Any], bits: int) -> None:
-    """Exchange the upper ones of `first`'s pairs of fields with the lower ones of `second`'s."""
-    moved = first >> np.uint32(bits)
-    moved ^= second
-    moved &= np.uint32(_LOWER_FIELDS[bits])
-    second ^= moved
-    moved <<= np.uint32(bits)
-    first ^= moved
+def _memory(numbers: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes from the first to the last one of a tensor, gaps and all."""
+    if numbers.is_contiguous():
+        whole: NDArray[Any] = numbers.view(-1).numpy()
+        return whole.view(np.uint8)
+    pairs = zip(numbers.shape, numbers.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
+    flat: NDArray[Any] = numbers.as_strided((extent,), (1,)).numpy()
+    return flat.view(np.uint8)
 
 
 def turned(words: Words) -> Words:
@@ -107,45 +131,9 @@ def turned(words: Words) -> Words:
     return np.ascontiguousarray(squares.transpose(0, 2, 1)).reshape(columns, rows)
 
 
-def _pack_blocks(
-    numbers: NDArray[np.uint8], planes: Sequence[Tensor], apart: int, how: Packing
-) -> None:
-    words = np.ascontiguousarray(numbers).view(np.uint32)
-    blocks, fours = len(words) // how.rows, how.rows // 8
-    # Axes: which row of a byte, which of four neighbouring bytes, and whatever is moved together.
-    if how.halves:
-        rows = words.reshape(blocks, 2, fours, 4, -1).transpose(1, 3, 0, 2, 4)
-    else:
-        rows = words.reshape(blocks, fours, 4, 2, -1).transpose(3, 2, 0, 1, 4)
-    pairs = rows.copy(order="C")
-    if apart == 0 and len(planes) == 1:
-        pairs[0] |= pairs[1] << np.uint32(4)
-    else:
-        exchange(pairs[0], pairs[1], 4)
-    for square, place in zip(pairs, _places(planes, apart, blocks, fours), strict=False):
-        exchange(square[:2], square[2:], 16)
-        exchange(square[0::2], square[1::2], 8)
-        shape = (4, blocks, fours, place.shape[1], place.shape[2])
-        np.copyto(place, square.reshape(shape).transpose(1, 3, 4, 0, 2))
-
-
-def _places(planes: Sequence[Tensor], apart: int, blocks: int, fours: int) -> Iterator[Words]:
-    """Return where low and high halves go: (blocks, runs, words, columns of a word, fours)."""
-    for plane in planes:
-        flat: Words = plane.numpy().reshape(-1).view(np.uint32)
-        if apart == 0:
-            yield flat.reshape(blocks, 1, -1, 4, fours)
-        elif apart == 1:
-            both = flat.reshape(blocks, 1, -1, 4, 2, fours)
-            yield from (both[..., 0, :], both[..., 1, :])
-        else:
-            both = flat.reshape(blocks, -1, 2, apart // 4, 4, fours)
-            yield from (both[:, :, 0], both[:, :, 1])
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Undo `pack`, on any device."""
-    how = packing()
+def unpack(packed: Tensor, packing_: Packing | None = None) -> Tensor:
+    """Return the codes (N, K) of a plane (N, K / 2), on any device."""
+    how = packing_ or packing()
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     full = rows - rows % how.rows
     nibbles = packed[:full].view(-1, columns, how.rows // 2)

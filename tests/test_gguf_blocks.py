@@ -16,6 +16,7 @@ from runtime.formats import Matrix, lay_out
 from runtime.gguf_blocks import FORMS, common_form, numbers_of, pieces, stacked, unpack, widened
 from runtime.kernels import views
 from runtime.weight_forms import dequantise, encode, held, parts_of
+from tests import unpacking_reference
 from tests.gguf_writer import QUANTISED, TYPES, random_blocks
 
 ROWS, COLUMNS = 6, 768
@@ -103,6 +104,28 @@ def test_any_bits_at_all_stay_within_one_rounding_of_the_zero(kind: str) -> None
         return
     zeros = codes.zeros.repeat_interleave(32, 1).abs()
     assert ((numbers - exact).abs() <= 2.0**-23 * torch.maximum(zeros, exact.abs())).all()
+
+
+@pytest.mark.parametrize("scale", ["any", "none", "infinite", "no number", "tiny"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_any_bits_at_all_are_what_the_reference_makes_of_them(kind: str, scale: str) -> None:
+    raw = wild(kind, 3)
+    _, numbers, block_bytes, places = TYPES[kind]
+    halves = {"none": 0x8000, "infinite": 0xFC00, "no number": 0x7C01, "tiny": 0x8003}
+    for place in places if scale in halves and kind != "MXFP4" else ():
+        # Every third block, so that what is around it shows if it is touched.
+        blocks = raw.view(-1, block_bytes)[::3]
+        blocks[:, place], blocks[:, place + 1] = halves[scale] & 255, halves[scale] >> 8
+    ours, theirs = unpack(kind, raw, COLUMNS), unpacking_reference.unpack(kind, raw, COLUMNS)
+    assert (ours.form, ours.apart) == (theirs.form, theirs.apart)
+    assert torch.equal(ours.codes, theirs.codes)
+    for one, other in ((ours.scales, theirs.scales), (ours.zeros, theirs.zeros)):
+        if one is None or other is None:
+            assert one is other
+            continue
+        # Bits, so that signs of zeros count; which number no number is does not.
+        bits = one.view(torch.int32) == other.view(torch.int32)
+        assert (bits | one.isnan() & other.isnan()).all()
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

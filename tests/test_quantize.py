@@ -13,8 +13,19 @@ from runtime.kernels import views
 from runtime.kernels_quantised import has_packed_op
 from runtime.quantize import form_of, quantise
 from runtime.weight_forms import Codes, dequantise, held
+from tests import unpacking_reference
 from tests.weight_codes import laid_out
 
+EXACT = [
+    Form("int8"),
+    Form("int8", 1, 64, scale_dtype="bfloat16"),
+    Form("int8", 1, 32, zeros=True),
+    Form("int4", 1, 16),
+    Form("int4", 1, 32, zeros=True, scale_dtype="bfloat16"),
+    Form("int4", 1, 64, zeros=True, scale_dtype="bfloat16"),
+    Form("int4", 1, 64, zeros=True),
+    Form("int4", 1, 128, zeros=True, scale_dtype="bfloat16"),
+]
 SHAPES = [(16, 64), (96, 320), (40, 96), (64, 2048), (3, 128)]
 
 
@@ -106,3 +117,34 @@ def test_every_form_has_a_fast_product(kind: str, shape: tuple[int, int]) -> Non
     assert form is not None
     layout, _ = laid_out({"w": quantise(drawn(shape), form)}, {})
     assert has_packed_op(layout.matrices[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 1e34], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", EXACT, ids=str)
+def test_numbers_are_bit_by_bit_those_of_the_reference(
+    form: Form, dtype: torch.dtype, size: float
+) -> None:
+    matrix = drawn((67, 1024)) * 50 * size
+    matrix[3], matrix[4, :64], matrix[5, :5] = 0.0, 0.7 * size, -0.0
+    matrix[6], matrix[7] = matrix[6].abs(), -matrix[7].abs()
+    matrix = matrix.to(dtype).nan_to_num()
+    for each in (matrix, matrix.t().contiguous().t(), matrix[:1]):
+        ours = quantise(each, form)
+        # torch would add up in another order where inputs do not lie side by side.
+        theirs = unpacking_reference.quantise(each.contiguous(), form)
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales.view(torch.int32), theirs.scales.view(torch.int32))
+        if ours.zeros is not None and theirs.zeros is not None:
+            assert torch.equal(ours.zeros.view(torch.int32), theirs.zeros.view(torch.int32))
+
+
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+@pytest.mark.parametrize("form", EXACT, ids=str)
+def test_groups_with_what_is_not_finite_show_it_in_their_scale(form: Form, number: float) -> None:
+    matrix = drawn((5, 1024))
+    matrix[2, 700] = number
+    matrix[3, 0], matrix[3, 1] = number, -number
+    ours, theirs = quantise(matrix, form), unpacking_reference.quantise(matrix, form)
+    assert torch.equal(ours.scales.isfinite(), theirs.scales.isfinite())
+    assert not ours.scales.isfinite().all()
