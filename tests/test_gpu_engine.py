@@ -150,7 +150,7 @@ def test_what_the_driver_refuses_to_pin_is_said_and_changes_no_token(
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    def measured(wanted_bytes: int, device_bytes: int) -> Pinning:
+    def measured(wanted_bytes: int, device_bytes: int, **_: Any) -> Pinning:
         asked.append((wanted_bytes, device_bytes))
         return Pinning(10 << 20, "refused")
 
