@@ -7,6 +7,7 @@ prompts computed in pieces, after a cut and at once: the sets below are what it 
 
 from __future__ import annotations
 
+import logging
 from itertools import compress
 from typing import Any
 
@@ -18,6 +19,8 @@ _NEED_WHOLE_PROMPTS = {"jamba"}
 # They take only a cache of their own class, and make it themselves if given none.
 _BRING_THEIR_OWN = {"minimax"}
 
+
+log = logging.getLogger("prescope.adapter")
 
 ROOM_TOKENS = 32
 """So many tokens are appended in place before keys and values move to a larger place."""
@@ -48,12 +51,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def cut(self, tokens: int) -> None:
-        """Keep the first tokens only; the memory of all others, and of the room, is given back."""
+        """Keep the first tokens only; the memory of all others, and of the room, is given back.
+
+        Nothing changes if there is no memory for it.
+        """
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self.keys[..., :tokens, :].clone()
-        self.values = self.values[..., :tokens, :].clone()
-        self._places = (None, None)
+        if tokens == 0 or not self.keys.numel() or not self.values.numel():
+            self.reset()
+            return
+        keys = self.keys[..., :tokens, :].clone()
+        values = self.values[..., :tokens, :].clone()
+        self.keys, self.values, self._places = keys, values, (None, None)
 
     def reset(self) -> None:
         """Forget everything and give its memory back."""
@@ -71,6 +80,8 @@ def _appended(place: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, 
     together = length + new.shape[-2]
     if place is None or not (
         place.data_ptr() == held.data_ptr()
+        and place.dtype == new.dtype
+        and place.device == new.device
         and place.shape[:-2] == new.shape[:-2]
         and place.shape[-2] >= together
     ):
@@ -112,7 +123,12 @@ class KvCache:
                 layer.cut(tokens)
 
     def settle(self) -> None:
-        """Give back the memory that is kept for tokens to come."""
-        for layer in self.past.layers if type(self.past) is DynamicCache else ():
-            if type(layer) is GrowingLayer and layer.is_initialized:
-                layer.cut(layer.get_seq_length())
+        """Give back the memory that is kept for tokens to come, as far as there is memory for it:
+        what stays in its place is moved, and without its room it is as good as before."""
+        layers = self.past.layers if type(self.past) is DynamicCache else ()
+        try:
+            for layer in layers:
+                if type(layer) is GrowingLayer and layer.is_initialized:
+                    layer.cut(layer.get_seq_length())
+        except RuntimeError as failure:  # as torch reports it
+            log.info("a conversation keeps its room: %s", failure)

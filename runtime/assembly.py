@@ -177,7 +177,8 @@ def _build(
 
     # Without a card there are no slots, and only one thing can be done.
     policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
-    rehearse(policy, profile)
+    if plan.slots:
+        rehearse(profile)  # whatever serves first: another policy may be chosen in an answer
     with ExitStack() as undo:
         device = open_device(profile, plan, virtual_clock=virtual_clock)
         undo.callback(device.close)

@@ -7,7 +7,7 @@ of every expert stays in the store. Who goes is decided by an `Eviction`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -83,7 +83,7 @@ class CacheTable:
         """Return the slot that holds or awaits `expert`, or None."""
         return self.here(expert.layer).get(expert.expert)
 
-    def here(self, layer: int) -> Mapping[int, int]:
+    def here(self, layer: int) -> dict[int, int]:
         """Return the slots of a layer's experts that have one, be it on their way there."""
         here = self._where.get(layer)
         if here is None:
@@ -100,7 +100,8 @@ class CacheTable:
 
     def experts(self) -> list[ExpertId]:
         """Return what the slots hold or await, in no particular order."""
-        return [ExpertId(layer, each) for layer, here in self._where.items() for each in here]
+        layers = [(layer, list(here)) for layer, here in list(self._where.items())]
+        return [ExpertId(layer, number) for layer, numbers in layers for number in numbers]
 
     def unawaited(self) -> list[ExpertId]:
         """Return what is being copied without anybody waiting for it."""
@@ -133,7 +134,8 @@ class CacheTable:
         Returns:
             The slot and what was evicted from it (None if it was free).
         """
-        assert not self.holds(expert), f"{expert} already has a slot"
+        here = self.here(expert.layer)
+        assert expert.expert not in here, f"{expert} already has a slot"
         evicted = None
         if victim is None:
             number = self._free.pop()
@@ -142,7 +144,7 @@ class CacheTable:
             evicted = self._forget(number)
         slot = self._slots[number]
         slot.state, slot.expert = SlotState.LOADING, expert
-        self._where[expert.layer][expert.expert] = self._loading[expert] = number
+        here[expert.expert] = self._loading[expert] = number
         self._flag(expert)
         self.eviction.fixed(expert)
         self.eviction.admitted(expert, now, prefetched=prefetched)

@@ -47,7 +47,9 @@ class Calibration:
 
 @compiled
 def _bin(score: float) -> int:
-    return min(BINS - 1, int(score * BINS)) if score > 0.0 else 0  # nor is "not a number" above 0
+    if score >= 1.0:
+        return BINS - 1
+    return int(score * BINS) if score > 0.0 else 0  # nor is "not a number" above 0
 
 
 @compiled

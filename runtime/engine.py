@@ -364,7 +364,8 @@ class Engine:
         elif generation in self._running:
             self._running.remove(generation)
             assert generation.conversation is not None
-            self._conversations.keep(generation.conversation)
+            with self.parts.executor.computing():  # giving its room back is work on the device
+                self._conversations.keep(generation.conversation)
         else:
             return
         self._speed.left(others=self.answering > 0)

@@ -158,7 +158,7 @@ def _kept(folder: Path, machine: str | None, now_s: float) -> Pinning | None:
             return None
         pinned_bytes, ended = record["pinned_bytes"], record["ended"]
         age_s = now_s - float(record["asked_s"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     if type(pinned_bytes) is not int or pinned_bytes < 0 or ended not in ("enough", "refused"):
         return None

@@ -135,10 +135,15 @@ def _moment(residency: Residency, ports: LayerPorts, tokens: int) -> Moment:
 def _do(residency: Residency, ports: LayerPorts, steps: Steps) -> None:
     if steps.orders:
         ports.order(steps.orders)
+    launched: list[ExpertId] = []
     for expert, slot in steps.compute:
         ports.compute(expert, slot)
-    if steps.compute:
-        _do(residency, ports, residency.computed([expert for expert, _ in steps.compute]))
+        launched.append(expert)
+        if residency.needs_slot:
+            _do(residency, ports, residency.computed(launched))
+            launched = []
+    if launched:
+        _do(residency, ports, residency.computed(launched))
     if steps.cpu:
         _compute_on_cpu(residency, ports, steps.cpu)
 

@@ -131,8 +131,9 @@ class PreScope:
         self._cpu_s = self._cpu_seconds(plan, self._cpu_work_bytes, size, 0.0)
         self._turnover.admitted += len(plan.load)
         if plan.cpu:
-            self._missed += [ExpertId(routed.layer, number) for number in plan.cpu]
-            del self._missed[:-KEPT_CANDIDATES]
+            missed = [ExpertId(routed.layer, number) for number in plan.cpu]
+            older = [each for each in self._missed if each not in missed]
+            self._missed = [*older, *missed][-KEPT_CANDIDATES:]
             if self._holds and not self._admits(moment):
                 plan = MissPlan(plan.load, plan.cpu, hold=True)
         self._plan = plan

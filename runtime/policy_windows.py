@@ -133,6 +133,8 @@ def choose(
     count = 0
     for place in range(len(experts)):
         number = experts[place]
+        if number < 0 or number >= len(worth.uses):
+            continue  # a guess at random: there is no such expert
         if number < len(here) and here[number]:
             continue
         if at_s >= deadline_s:

@@ -54,6 +54,9 @@ def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Iterator
     # Only those who unpack wait for numba to be imported.
     from runtime import quantized_loops as loops
 
+    _check_shapes(scales, qzeros)
+    if len(qweight) % 8 or 8 * qweight.shape[1] != scales.shape[1]:
+        raise ValueError(f"words {tuple(qweight.shape)} for scales {tuple(scales.shape)}")
     words, wide = _unsigned(qweight), scales.float()
     zeros = torch.empty_like(wide)
     loops.zeros_of(_unsigned(qzeros), _AWQ_PLACES, False, wide.numpy(), zeros.numpy())
@@ -61,6 +64,12 @@ def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Iterator
         turned = torch.empty((len(qweight) // 8, outputs.stop - outputs.start), dtype=torch.int32)
         loops.turn_words(words, _AWQ_PLACES, outputs.start, _unsigned(turned))
         yield Codes(form, turned.t(), wide[:, outputs].t(), zeros[:, outputs].t(), apart=1)
+
+
+def _check_shapes(scales: Tensor, qzeros: Tensor) -> None:
+    """The loops check nothing: this is what keeps them within their memory."""
+    if (len(qzeros), 8 * qzeros.shape[1]) != tuple(scales.shape):
+        raise ValueError(f"zeros {tuple(qzeros.shape)} for scales {tuple(scales.shape)}")
 
 
 def gptq(
@@ -75,6 +84,7 @@ def gptq(
         # Only those who unpack wait for numba to be imported.
         from runtime.quantized_loops import zeros_of
 
+        _check_shapes(scales, qzeros)
         points, offsets = _unsigned(qzeros), torch.empty_like(wide)
         symmetric = zeros_of(points, _IN_ORDER, zeros_less_one, wide.numpy(), offsets.numpy())
     else:

@@ -61,6 +61,11 @@ class Residency:
         """True while the open layer has an expert whose bytes have not come."""
         return self._open is not None and bool(self._open.for_slot or self._open.for_bytes)
 
+    @property
+    def needs_slot(self) -> bool:
+        """True while the open layer has an expert that waits for a slot."""
+        return self._open is not None and bool(self._open.for_slot)
+
     def follow(self, policy: Policy) -> Steps:
         """Serve misses as another policy says from the next layer on; give up what was under way
         for the old one."""
@@ -91,6 +96,7 @@ class Residency:
         coming: list[int] = []
         misses: list[int] = []
         compute: list[tuple[ExpertId, int]] = []
+        found = 0
         for number in demands:
             place = here.get(number)
             if place is None:
@@ -103,13 +109,14 @@ class Residency:
                 compute.append((slot.expert, place))
                 if slot.unused_prefetch_bytes:
                     self.books.found(slot)
+                    found += 1
             else:
                 (misses if slot.expert in unstarted else coming).append(number)
         chosen = step.chosen
         cache.eviction.used_all(layer, chosen, self.token, _weights(step))
         if hits:
             cache.pin_all(layer, hits)
-        self.books.routed(layer, step, [*coming, *misses])
+        self.books.routed(layer, step, [*coming, *misses], found)
         routed = Routed(layer, demands, chosen, hits, coming, misses)
         plan = self.policy.place(routed, moment)
         opened = self._open = OpenLayer(layer, routed, plan, step.predictions, moment)

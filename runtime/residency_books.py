@@ -26,10 +26,11 @@ class Books:
             self.counters.guesses += len(prediction.experts)
             self._expected.setdefault(prediction.layer, []).append(prediction)
 
-    def routed(self, layer: int, step: LayerStep, missed: Sequence[int]) -> None:
-        """A layer's router chose; `missed` had not landed. Others are predicted with it."""
+    def routed(self, layer: int, step: LayerStep, missed: Sequence[int], found: int) -> None:
+        """A layer's router chose; `missed` had not landed, and so many were `found`. Others are
+        predicted with it."""
         self.counters.routed += len(step.demands)
-        self.counters.served_resident += len(step.demands) - len(missed)
+        self.counters.served_resident += len(step.demands) - len(missed) - found
         if missed:
             self.counters.misses_predicted += len(self._foreseen(layer).intersection(missed))
         self._expected.pop(layer, None)
@@ -37,7 +38,6 @@ class Books:
 
     def found(self, slot: Slot) -> None:
         """An expert is used, for the first time, that a prefetch brought in time."""
-        self.counters.served_resident -= 1
         self.counters.served_prefetch_in_time += 1
         self.counters.link_bytes_prefetch_used += slot.unused_prefetch_bytes
         self.counters.prefetches_used += 1

@@ -122,7 +122,7 @@ class _Chats:
             listed = max(4 * k, experts // 2)
         listed = min(listed, experts)
         best = np.argsort(-needed, axis=-1, kind="stable")[..., :listed]
-        scores = np.take_along_axis(needed, best, axis=-1)
+        scores = np.take_along_axis(needed, best, axis=-1).astype(np.float64)
         counts = (scores > 0.0).sum(axis=-1).tolist()
         found: list[_Guesses] = [{} for _ in range(needed.shape[1])]
         for index, distance in enumerate(DISTANCES):

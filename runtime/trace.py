@@ -43,6 +43,9 @@ class Prediction:
 
     def __init__(self, layer: int, distance: int, experts: Experts, scores: Scores) -> None:
         assert experts.shape == scores.shape, (experts.shape, scores.shape)
+        # Compiled loops are made for these types, and once more for any other.
+        assert experts.dtype == np.int64, experts.dtype
+        assert scores.dtype == np.float64, scores.dtype
         self.layer = layer
         self.distance = distance
         self.experts = experts
@@ -52,7 +55,8 @@ class Prediction:
     def of(cls, layer: int, distance: int, guesses: Sequence[Guess]) -> Prediction:
         """Put guesses one by one into arrays."""
         experts = np.array([guess.expert for guess in guesses], np.int64)
-        return cls(layer, distance, experts, np.array([guess.probability for guess in guesses]))
+        scores = np.array([guess.probability for guess in guesses], np.float64)
+        return cls(layer, distance, experts, scores)
 
     @property
     def guesses(self) -> tuple[Guess, ...]:

@@ -130,7 +130,7 @@ def _use(
         mixed = table[0, expert] * shares[0]
         for scale in range(1, scales):
             mixed += table[scale, expert] * shares[scale]
-        rates[expert] = mixed
+        rates[expert] = mixed if mixed > 0.0 else 0.0  # also where it is no number
 
 
 @compiled

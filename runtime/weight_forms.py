@@ -220,6 +220,12 @@ def _write_groups(codes: Codes, scales: Tensor, first: int) -> None:
     # Only those who pack wait for numba to be imported.
     from runtime import weight_packing_loops as loops
 
+    rows, count = codes.scales.shape
+    if count != scales.shape[0] or not 0 <= first <= scales.shape[1] - rows:
+        where = f"rows {first} to {first + rows}"
+        raise ValueError(f"{where} of {count} groups do not fit {tuple(scales.shape)}")
+    if codes.zeros is not None and codes.zeros.shape != codes.scales.shape:
+        raise ValueError(f"{tuple(codes.zeros.shape)} zeros for {tuple(codes.scales.shape)} scales")
     dtype, whole = scales.dtype, torch.int32 if scales.itemsize == 4 else torch.int16
     groups, wide = scales.view(whole).numpy(), codes.scales.to(dtype).view(whole).numpy()
     if codes.zeros is None:

@@ -74,6 +74,11 @@ def pack_into(
 
     how = packing_ or packing()
     rows, size, stride = numbers.shape[0], numbers.itemsize, numbers.stride()
+    columns = numbers[0].nbytes * (2 if apart else 1)
+    if rows % 16 or columns % 32 or any(2 * plane.nbytes != rows * columns for plane in planes):
+        # The loops check nothing: this is what keeps them within their memory.
+        sizes = [plane.nbytes for plane in planes]
+        raise ValueError(f"{rows} rows of {columns} numbers do not fit planes of {sizes} bytes")
     by_columns = size == 4 and stride == (1, rows)
     if not by_columns and stride[-1] != 1:
         numbers = numbers.contiguous()

@@ -152,3 +152,48 @@ def test_a_settled_cache_holds_its_tokens_and_no_room() -> None:
     cache.settle()
     assert held_bytes(layer) == 2 * 6 * 2 * 4 * 4
     assert torch.equal(layer.keys, states(6))
+
+
+def test_without_memory_to_move_to_a_conversation_stays_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = KvCache(FAMILIES["qwen3_moe"]())
+    layers = cache.past.layers
+    for layer in layers:
+        layer.update(states(6), states(6, 1))
+    clone, left = torch.Tensor.clone, [3]
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no memory, planted")
+        return clone(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", full)
+        cache.settle()
+    assert left[0] < 0
+    for layer in layers:
+        assert torch.equal(layer.keys, states(6))
+        assert torch.equal(layer.values, states(6, 1))
+        got, _ = layer.update(states(2, 5), states(2, 5))
+        assert torch.equal(got, torch.cat([states(6), states(2, 5)], dim=-2))
+
+
+def test_a_layer_that_never_got_its_values_can_be_cut() -> None:
+    """Memory ran out between its keys and its values."""
+    layer = GrowingLayer()
+    layer.lazy_initialization(states(1), states(1))
+    layer.cut(0)
+    layer.lazy_initialization(states(1), states(1))
+    layer.keys = states(4)
+    layer.cut(2)
+    got, _ = layer.update(states(3), states(3))
+    assert torch.equal(got, states(3))
+
+
+def test_states_of_another_type_get_a_place_of_their_own() -> None:
+    layer = GrowingLayer()
+    layer.update(states(4), states(4))
+    got, _ = layer.update(states(1).double(), states(1).double())
+    assert got.dtype == torch.float64

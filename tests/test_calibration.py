@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -69,3 +70,14 @@ def test_what_came_true_more_often_comes_first_and_equals_stay_in_order() -> Non
         late = [number for number in range(24) if draw.random() < number / 24]
         calibration.learn(0, np.array(late, np.int64))
     assert experts[0] > 18
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, 1e30, -1e30, 1.0, 0.0, -0.5])
+def test_a_score_that_is_no_probability_harms_nobody(score: float) -> None:
+    calibration = Calibration()
+    for _ in range(3):
+        experts, worth = calibration.note(Prediction.of(0, 1, (Guess(1, score), Guess(2, 0.4))))
+        calibration.learn(0, np.array([1, 2]))
+        assert sorted(experts.tolist()) == [1, 2]
+        assert len(worth) == 2
+    assert worth_of(calibration, Prediction.of(0, 1, (Guess(2, 0.4),)))[2] > 0.4

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,6 +240,29 @@ def test_hearing_who_is_fixed_changes_no_victim(seed: int) -> None:
                 assert told.victim(lambda e: True, now, layer) == found[0]
                 victims += found[0] is not None
     assert victims > 20
+
+
+@pytest.mark.parametrize("name", sorted(EVICTIONS))
+def test_a_layer_at_once_is_the_same_as_its_experts_one_by_one(name: str) -> None:
+    draw, now = random.Random(5), 0.0
+    whole, single = (make_eviction(name, (EXPERTS,) * LAYERS) for _ in range(2))
+    for expert in ALL:
+        for rule in (whole, single):
+            rule.admitted(expert, now, prefetched=expert.expert == 0)
+    for _ in range(200):
+        now += draw.choice((1.0, 1.0, 30.0))
+        layer = draw.randrange(LAYERS)
+        chosen = draw.sample(range(EXPERTS), draw.randint(1, EXPERTS))
+        weights = [draw.choice((0.0, 0.3, 1.0, 2.5)) for _ in chosen]
+        weighted = draw.random() < 0.5
+        whole.used_all(layer, np.array(chosen), now, np.array(weights) if weighted else None)
+        for number, weight in zip(chosen, weights, strict=True):
+            single.used(ExpertId(layer, number), now, weight if weighted else 1.0)
+        may_go = set(draw.sample(ALL, draw.randint(1, len(ALL))))
+        at = draw.randrange(LAYERS)
+        assert whole.victim(may_go.__contains__, now, at) == single.victim(
+            may_go.__contains__, now, at
+        )
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.25, 1.0])

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import calibration, eviction_next_use, policy_windows, scheduler, use_counts
+from runtime import (
+    calibration,
+    eviction_next_use,
+    policy_prescope,
+    policy_windows,
+    scheduler,
+    use_counts,
+)
 from runtime.cache import NOBODY
 from runtime.core import ExpertId, PolicyName, Reading
 from runtime.errors import ConfigError
@@ -217,7 +224,8 @@ def test_an_idle_link_brings_in_what_will_be_used_again_and_keeps_it() -> None:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what is compiled as the Python that it is written in, so that its lines count."""
-    for module in (calibration, eviction_next_use, policy_windows, scheduler, use_counts):
+    counted = (calibration, eviction_next_use, policy_windows, scheduler, use_counts)
+    for module in (*counted, policy_prescope):
         for name, value in vars(module).items():
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(module, name, value.py_func)

@@ -28,12 +28,17 @@ def versions():
     return {name: len(function.signatures) for name, function in compiled.items()}
 
 if sys.argv[1] == "rehearsed":
-    rehearse("prescope", emulated_profile())
+    rehearse(emulated_profile())
 before = versions()
+from runtime.trace import ForwardPass, LayerStep
 from tests.test_policies import run
-from tests.test_simulate import trace_of
+from tests.test_simulate import EXPERTS, LAYERS, trace_of
 for tokens in (1, 4):
-    run(trace_of(2, passes=60, recall=0.8, tokens=tokens), "prescope", slots=20)
+    trace = trace_of(2, passes=60, recall=0.8, tokens=tokens)
+    run(trace, "prescope", slots=20)
+    run(trace, "hybrid", slots=20, eviction="expected-next-use")
+everyone = LayerStep({expert: 60 for expert in range(EXPERTS)}, recency={0: 2.5, 1: 0.5})
+run([ForwardPass(320, (everyone,) * LAYERS, span=320)] * 22, "prescope", slots=24)
 print(json.dumps([before, versions()]))
 """
 
@@ -61,5 +66,5 @@ def test_after_a_rehearsal_nothing_is_left_to_compile(rehearsed: bool) -> None:
 def test_it_works_for_machines_with_any_balance() -> None:
     for link, cpu in ((1e6, 1e9), (1e9, 1e6)):
         profile = emulated_profile(link_bytes_per_s=link, cpu_bytes_per_s=cpu)
-        rehearse("prescope", profile)
+        rehearse(profile)
         assert Costs.of(profile).link_bytes_per_s == link

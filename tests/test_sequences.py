@@ -282,9 +282,10 @@ class ListCache:
         self.past: list[int] = []
         self.can_crop = croppable
         self.continues = continues
+        self.settled = 0
 
     def settle(self) -> None:
-        """There is no room to give back."""
+        self.settled += 1
 
     def crop(self, tokens: int) -> None:
         assert self.can_crop
@@ -331,6 +332,19 @@ def kept(store: Conversations, name: str, ids: list[int]) -> None:
     assert store.grow(conversation, len(ids) - len(conversation.ids))
     compute(conversation, ids)
     store.keep(conversation)
+
+
+def test_what_is_kept_gives_its_room_back_and_what_is_broken_is_forgotten() -> None:
+    store = Conversations(ListCache, 10)
+    for intact in (True, False):
+        conversation = store.take("a", [1, 2, 9], 9)
+        assert store.grow(conversation, 2 - len(conversation.ids))
+        compute(conversation, [1, 2])
+        conversation.intact = intact
+        settled = conversation.cache.settled
+        store.keep(conversation)
+        assert conversation.cache.settled - settled == intact
+    assert store.tokens == 0
 
 
 def test_what_is_shared_is_reused_and_the_oldest_goes_first() -> None:
