@@ -39,6 +39,9 @@ _END_S = 30.0
 _LEAST_BYTES_PER_S = 0.5e9
 _PINNED = re.compile(rb"pinned (\d{1,16})\s*")
 
+_GIVING_BACK: list[subprocess.Popen[bytes]] = []
+"""Children that were ended and are not gone yet: what they pinned would look like a refusal."""
+
 log = logging.getLogger("prescope.hardware")
 
 
@@ -109,6 +112,8 @@ def measured(
     """
     if deadline_s is None:
         deadline_s = _START_S + wanted_bytes / _LEAST_BYTES_PER_S
+    if not _given_back(cancelled):
+        return Pinning(0, "hung")
     process = subprocess.Popen(
         [*command, str(wanted_bytes), str(device_bytes)],
         stdin=subprocess.DEVNULL,
@@ -134,7 +139,9 @@ def measured(
     try:
         process.wait(_CANCEL_S if stopped else _END_S)
     except subprocess.TimeoutExpired:
-        log.warning("the process that pins memory cannot be ended: the driver hangs")
+        _GIVING_BACK.append(process)
+        if not stopped:
+            log.warning("the process that pins memory cannot be ended: the driver hangs")
     if stopped:
         raise CancelledError("Loading was stopped.")
     heard = list(lines)
@@ -146,6 +153,19 @@ def measured(
     if last == b"refused":
         return Pinning(pinned_bytes, "refused")
     return Pinning(pinned_bytes, "hung" if hung else "died")
+
+
+def _given_back(cancelled: Callable[[], bool]) -> bool:
+    """Wait until earlier children have given back what they pinned; say whether they have."""
+    until_s = time.monotonic() + _END_S
+    while _GIVING_BACK and time.monotonic() < until_s:
+        if _GIVING_BACK[0].poll() is not None:
+            _GIVING_BACK.pop(0)
+        elif cancelled():
+            raise CancelledError("Loading was stopped.")
+        else:
+            time.sleep(_LOOK_S)
+    return not _GIVING_BACK
 
 
 def _kept(folder: Path, machine: str | None, now_s: float) -> Pinning | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import hardware_pinning
 from runtime.core import HardwareProfile
 from runtime.errors import CancelledError
 from runtime.hardware_pinning import (
@@ -170,6 +172,19 @@ def test_who_cancels_does_not_wait_for_the_driver() -> None:
     with pytest.raises(CancelledError):
         measured(1000, 0, hangs, cancelled=lambda: time.monotonic() > began_s + 1.0)
     assert time.monotonic() - began_s < 5.0
+
+
+def test_an_earlier_child_is_waited_for_until_it_has_given_its_memory_back() -> None:
+    slow = child("import time; time.sleep(1.5)")
+    answers = program_that_says("pinned 1000", "enough")
+    hardware_pinning._GIVING_BACK.append(subprocess.Popen(slow))
+    began_s = time.monotonic()
+    with pytest.raises(CancelledError):
+        measured(1000, 0, answers, cancelled=lambda: True)
+    assert time.monotonic() - began_s < 1.0
+    assert measured(1000, 0, answers) == Pinning(1000, "enough")
+    assert time.monotonic() - began_s > 1.0
+    assert not hardware_pinning._GIVING_BACK
 
 
 def test_enough_is_no_limit_and_is_asked_again_only_for_more(tmp_path: Path) -> None:
