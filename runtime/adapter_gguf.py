@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.adapter import MoeLayer
@@ -227,7 +229,11 @@ def _quantised(
 
 
 def _codes(
-    layer: MoeLayer, form: Form, inputs: int, kinds: Sequence[str], raw: Sequence[Tensor]
+    layer: MoeLayer,
+    form: Form,
+    inputs: int,
+    kinds: Sequence[str],
+    raw: Sequence[NDArray[np.uint8]],
 ) -> Iterator[Codes]:
     """Unpack what one expert has of tensors of these types, below each other or in turns."""
     each = [

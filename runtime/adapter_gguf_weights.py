@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.gguf_blocks import FORMS, numbers_of
@@ -31,7 +33,7 @@ class GgufWeight:
         """Return (tensor, first byte, bytes) of each source."""
         return tuple((source.name, 0, source.size_bytes) for source in self.sources)
 
-    def dequantised(self, raw: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantised(self, raw: Sequence[NDArray[np.uint8]], dtype: torch.dtype) -> Tensor:
         """Return the parameter from the bytes that `inputs` names; plain numbers keep their dtype.
 
         transformers casts those: it knows which parameters have to stay in float32.
@@ -44,13 +46,13 @@ def row_numbers(entry: TensorEntry, row: Tensor, dtype: torch.dtype) -> Tensor:
     """Return one expert's numbers from its row (1, ...) of the file's tensor."""
     if entry.stored not in FORMS:
         return row[0]
-    return numbers_of(entry.stored, row.flatten(), logical_shape(entry)[-1], dtype)
+    return numbers_of(entry.stored, row.flatten().numpy(), logical_shape(entry)[-1], dtype)
 
 
-def all_numbers(entry: TensorEntry, raw: Tensor, dtype: torch.dtype) -> Tensor:
+def all_numbers(entry: TensorEntry, raw: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
     """Return a whole tensor's numbers from its bytes."""
     shape = logical_shape(entry)
     if entry.stored not in FORMS:
         stored: torch.dtype = getattr(torch, str(entry.dtype))
-        return raw.view(stored).view(shape)
+        return torch.from_numpy(raw).view(stored).view(shape)
     return numbers_of(entry.stored, raw, shape[-1], dtype).view(shape)

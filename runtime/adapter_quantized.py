@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from runtime import quantized_codes
 from runtime.adapter import MoeLayer
@@ -22,6 +23,8 @@ from runtime.quantized_tensors import QuantisedTensor
 from runtime.safetensors_files import TensorEntry
 from runtime.store_recipes import RAW_DTYPES, Encoding, LayerSource, Piece, Recipe
 from runtime.weight_forms import PIECE_ROWS, Codes, form_for, parts_of
+
+Bytes = NDArray[np.uint8]
 
 _AGAIN = "Download the model again, or choose another one."
 _OTHER = "Choose another version of this model, such as one in bfloat16 or GGUF."
@@ -141,13 +144,11 @@ def _agreed(name: str, pieces: Sequence[QuantisedTensor]) -> tuple[Form, int]:
     return form, sum(outputs)
 
 
-def _alone(form: Form, piece: QuantisedTensor, raw: Sequence[Tensor]) -> Iterator[Codes]:
+def _alone(form: Form, piece: QuantisedTensor, raw: Sequence[Bytes]) -> Iterator[Codes]:
     return (quantized_codes.finer(codes, form) for codes in piece.codes(raw))
 
 
-def _joined(
-    form: Form, pieces: Sequence[QuantisedTensor], raw: Sequence[Tensor]
-) -> Iterator[Codes]:
+def _joined(form: Form, pieces: Sequence[QuantisedTensor], raw: Sequence[Bytes]) -> Iterator[Codes]:
     codes: list[Codes] = []
     begin = 0
     for piece in pieces:

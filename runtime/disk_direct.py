@@ -45,7 +45,7 @@ class DirectFile:
         """Whether reads really go past the page cache."""
         return self._direct is not None and not self._refused
 
-    def read_at(self, buffer: memoryview, at: int) -> int:
+    def read_at(self, buffers: Sequence[memoryview], at: int) -> int:
         """Read some bytes from position `at`, as `preadv` does; 0 at the end of the file.
 
         Raises:
@@ -53,10 +53,10 @@ class DirectFile:
         """
         direct = self._direct
         if direct is None or self._refused:
-            return self._read_ordinarily(buffer, at)
+            return self._read_ordinarily(buffers, at)
         begin = at // ALIGN_BYTES * ALIGN_BYTES
         skip = at - begin
-        wanted = min(len(buffer), BOUNCE_BYTES - skip)
+        wanted = min(sum(map(len, buffers)), BOUNCE_BYTES - skip)
         bounce = _bounce()
         length = -(-(skip + wanted) // ALIGN_BYTES) * ALIGN_BYTES
         try:
@@ -67,17 +67,21 @@ class DirectFile:
             # A file system may take the flag and refuse such reads all the same. The descriptor
             # stays open until `close`: another thread may be reading with it.
             self._refused = True
-            return self._read_ordinarily(buffer, at)
-        count = min(wanted, got - skip)
-        if count <= 0:
-            return 0
-        # numpy lets other threads run meanwhile; slices of memory views do not.
-        source = np.frombuffer(bounce, dtype=np.uint8, count=count, offset=skip)
-        np.copyto(np.frombuffer(buffer, dtype=np.uint8, count=count), source)
+            return self._read_ordinarily(buffers, at)
+        count = max(0, min(wanted, got - skip))
+        done = 0
+        for buffer in buffers:
+            size = min(len(buffer), count - done)
+            if size == 0:
+                break
+            # numpy lets other threads run meanwhile; slices of memory views do not.
+            source = np.frombuffer(bounce, dtype=np.uint8, count=size, offset=skip + done)
+            np.copyto(np.frombuffer(buffer, dtype=np.uint8, count=size), source)
+            done += size
         return count
 
-    def _read_ordinarily(self, buffer: memoryview, at: int) -> int:
-        count: int = _POSIX.preadv(self._fileno, [buffer], at)
+    def _read_ordinarily(self, buffers: Sequence[memoryview], at: int) -> int:
+        count: int = _POSIX.preadv(self._fileno, buffers, at)
         advise = getattr(os, "posix_fadvise", None)
         if advise is not None and count:
             advise(self._fileno, at, count, _POSIX.POSIX_FADV_DONTNEED)
@@ -98,7 +102,7 @@ class DirectFiles:
         self._direct = [DirectFile(file.fileno()) for file in files]
         self._seen = [_version(file) for file in files]
 
-    def read_at(self, number: int, buffer: memoryview, at: int) -> int:
+    def read_at(self, number: int, buffers: Sequence[memoryview], at: int) -> int:
         """Read some bytes of file `number` from position `at`; 0 at its end.
 
         Raises:
@@ -107,7 +111,7 @@ class DirectFiles:
         """
         if _version(self._files[number]) != self._seen[number]:
             raise ValueError("it was changed while the model is loaded")
-        return self._direct[number].read_at(buffer, at)
+        return self._direct[number].read_at(buffers, at)
 
     def close(self) -> None:
         """Close the descriptors of our own; safe to call twice."""

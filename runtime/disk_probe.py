@@ -63,7 +63,7 @@ def _call_s(file: DirectFile, size_bytes: int) -> float:
     shortest = float("inf")
     for number in range(_CALLS):
         began_s = time.perf_counter()
-        file.read_at(buffer, size_bytes * number // _CALLS // 4096 * 4096)
+        file.read_at([buffer], size_bytes * number // _CALLS // 4096 * 4096)
         shortest = min(shortest, time.perf_counter() - began_s)
     return shortest
 
@@ -77,7 +77,7 @@ def _bytes_per_s(file: DirectFile, size_bytes: int) -> float:
         buffer = memoryview(bytearray(BOUNCE_BYTES))
         done = 0
         while time.perf_counter() < ends_s and done + BOUNCE_BYTES <= part_bytes:
-            done += file.read_at(buffer, number * part_bytes + done)
+            done += file.read_at([buffer], number * part_bytes + done)
         return done
 
     began_s = time.perf_counter()

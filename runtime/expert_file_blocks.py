@@ -141,7 +141,7 @@ class Blocks:
         while done < len(buffer):
             piece = buffer[done : done + _PIECE_BYTES]
             if self._direct is not None:
-                count = self._direct.read_at(piece, at + done)
+                count = self._direct.read_at([piece], at + done)
             elif _PREADV is not None:
                 count = _PREADV(self.file.fileno(), [piece], at + done)
             else:

@@ -29,7 +29,7 @@ from runtime.formats import ExpertFormat, Form, FormKind, Matrix, lay_out
 from runtime.kernels import views
 from runtime.store import ExpertSource
 from runtime.store_recipes import bytes_in
-from runtime.weight_forms import PIECE_ROWS, Codes, encode, parts_of
+from runtime.weight_forms import PIECE_ROWS, Codes, encode, memories, parts_of
 
 SYNC_BYTES = 64 * 2**20
 PIECE_NUMBERS = 2**19
@@ -84,7 +84,7 @@ class Quantiser:
         layout = lay_out(parts_of(Matrix("probe", (96, 512), form)))
         flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
         probe = Matrix("probe", (96, 512), form)
-        encode(self.quantise(matrix, form), probe, views(flat, layout))
+        encode(self.quantise(matrix, form), probe, memories(flat.numpy(), layout))
         return hashlib.sha256(bytes_in(flat)).hexdigest()[:16]
 
 
@@ -115,6 +115,7 @@ class LayerForms:
             ModelFilesError: the expert, called `whose`, has numbers that are not finite.
         """
         sources, targets = views(plain, self.plain), views(held, self.held)
+        places = memories(held.numpy(), self.held)
         held.zero_()
         matrices = {matrix.name: matrix for matrix in self.held.matrices}
         for name, source in sources.items():
@@ -125,8 +126,8 @@ class LayerForms:
             weight = source.t() if self.transposed else source
             first = 0
             for codes in quantiser.in_pieces(weight, matrix.form, stop, f"{name} of {whose}"):
-                encode(codes, matrix, targets, first)
-                first += codes.codes.shape[0]
+                encode(codes, matrix, places, first)
+                first += codes.rows
 
 
 def quantised_layer(

@@ -17,7 +17,7 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1,
 }
 FormKind = Literal["int8", "int4", "fp8", "mxfp4"]
-ScaleDtype = Literal["float32", "bfloat16", "float16"]
+ScaleDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

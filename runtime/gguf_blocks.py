@@ -20,6 +20,9 @@ from runtime.formats import Form
 from runtime.gguf_types import BLOCKS
 from runtime.weight_forms import PIECE_ROWS, Codes, dequantise, powers_of_two
 
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
 FORMS = {
     "Q4_0": Form("int4", 1, 32),
     "Q4_1": Form("int4", 1, 32, zeros=True),
@@ -38,7 +41,8 @@ _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _IQ4_STEPS = np.array(
     (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8
 )
-_PIECE_ITEMS = 2**19
+_PIECE_BYTES = 2**19
+"""What unpacking may make on the way."""
 
 
 def common_form(kinds: Sequence[str]) -> Form:
@@ -53,31 +57,32 @@ def common_form(kinds: Sequence[str]) -> Form:
     )
 
 
-def unpack(kind: str, raw: Tensor, columns: int) -> Codes:
+def unpack(kind: str, raw: Bytes, columns: int) -> Codes:
     """Return the matrix (rows, columns) whose blocks of type `kind` are `raw`, uint8, flat.
 
     Its codes may be a view of `raw`.
     """
     per_block, block_bytes = BLOCKS[kind]
-    codes, scales, zeros, apart = _UNPACK[kind](raw.view(-1, block_bytes))
-    per_scale = FORMS[kind].columns
     assert columns % per_block == 0, (kind, columns)
+    codes, scales, zeros, apart = _UNPACK[kind](raw.reshape(-1, block_bytes))
+    groups = columns // FORMS[kind].columns
     return Codes(
         FORMS[kind],
-        codes.view(-1, columns // per_block, *codes.shape[1:]),
-        scales.reshape(-1, columns // per_scale),
-        None if zeros is None else zeros.reshape(-1, columns // per_scale),
+        torch.from_numpy(codes.reshape(-1, columns // per_block, codes.shape[1])),
+        torch.from_numpy(scales.reshape(-1, groups)),
+        None if zeros is None else torch.from_numpy(zeros.reshape(-1, groups)),
         apart,
     )
 
 
-def pieces(kind: str, raw: Tensor, columns: int) -> Iterator[Codes]:
+def pieces(kind: str, raw: Bytes, columns: int) -> Iterator[Codes]:
     """Unpack a few rows at a time, so that what is made on the way stays small."""
     per_block, block_bytes = BLOCKS[kind]
-    rows = raw.view(-1, columns // per_block * block_bytes)
-    step = max(1, _PIECE_ITEMS // columns // PIECE_ROWS) * PIECE_ROWS
+    rows = raw.reshape(-1, columns // per_block * block_bytes)
+    row_bytes = columns if kind in _MADE else 8 * columns // FORMS[kind].columns
+    step = max(1, _PIECE_BYTES // row_bytes // PIECE_ROWS) * PIECE_ROWS
     for begin in range(0, len(rows), step):
-        yield unpack(kind, rows[begin : begin + step].flatten(), columns)
+        yield unpack(kind, rows[begin : begin + step], columns)
 
 
 def widened(codes: Codes, form: Form) -> Codes:
@@ -115,98 +120,99 @@ def stacked(matrices: Sequence[Codes], interleaved: bool) -> Codes:
     )
 
 
-def numbers_of(kind: str, raw: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def numbers_of(kind: str, raw: Bytes, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the matrix (rows, columns) that `raw` stands for, each number rounded once."""
     per_block, block_bytes = BLOCKS[kind]
-    matrix = torch.empty((raw.numel() // block_bytes * per_block // columns, columns), dtype=dtype)
+    matrix = torch.empty((raw.size // block_bytes * per_block // columns, columns), dtype=dtype)
     begin = 0
     for codes in pieces(kind, raw, columns):
-        matrix[begin : begin + len(codes.codes)] = dequantise(codes, dtype)
-        begin += len(codes.codes)
+        for some in codes.in_pieces(columns):
+            matrix[begin : begin + some.rows] = dequantise(some, dtype)
+            begin += some.rows
     return matrix
 
 
-_Unpacked = tuple[Tensor, Tensor, Tensor | None, int]
+_Unpacked = tuple[NDArray[Any], Floats, Floats | None, int]
 """Codes of each block, scales, zeros, and how `Codes.apart` tells that codes lie."""
 
 
-def _half(blocks: Tensor, begin: int) -> Tensor:
+def _half(blocks: Bytes, begin: int) -> Floats:
     """Return a float16 of every block as float32 (blocks, 1)."""
-    found = torch.empty((len(blocks), 1))
+    found = np.empty((len(blocks), 1), np.float32)
     _loops().halves(_flat(blocks), blocks.shape[1], begin, _flat(found))
     return found
 
 
-def _q4_0(blocks: Tensor) -> _Unpacked:
+def _q4_0(blocks: Bytes) -> _Unpacked:
     return blocks[:, 2:], _half(blocks, 0), None, 16
 
 
-def _q4_1(blocks: Tensor) -> _Unpacked:
+def _q4_1(blocks: Bytes) -> _Unpacked:
     scale = _half(blocks, 0)
     return blocks[:, 4:], scale, 8 * scale + _half(blocks, 2), 16
 
 
-def _q5_0(blocks: Tensor) -> _Unpacked:
+def _q5_0(blocks: Bytes) -> _Unpacked:
     return _five_bits(blocks, 2, 16), _half(blocks, 0), None, 0
 
 
-def _q5_1(blocks: Tensor) -> _Unpacked:
+def _q5_1(blocks: Bytes) -> _Unpacked:
     return _five_bits(blocks, 4, 0), _half(blocks, 0), _half(blocks, 2), 0
 
 
-def _five_bits(blocks: Tensor, begin: int, middle: int) -> Tensor:
-    numbers = torch.empty((len(blocks), 32), dtype=torch.int8)
+def _five_bits(blocks: Bytes, begin: int, middle: int) -> NDArray[np.int8]:
+    numbers = np.empty((len(blocks), 32), np.int8)
     _loops().five_bits(_flat(blocks), blocks.shape[1], begin, middle, _flat(numbers))
     return numbers
 
 
-def _iq4_nl(blocks: Tensor) -> _Unpacked:
+def _iq4_nl(blocks: Bytes) -> _Unpacked:
     return _stepped(blocks, 2, 1), _half(blocks, 0), None, 0
 
 
-def _iq4_xs(blocks: Tensor) -> _Unpacked:
-    scales = torch.empty((len(blocks), 8))
+def _iq4_xs(blocks: Bytes) -> _Unpacked:
+    scales = np.empty((len(blocks), 8), np.float32)
     _loops().iq4_xs_scales(_flat(blocks), _flat(scales))
     return _stepped(blocks, 8, 8), scales, None, 0
 
 
-def _stepped(blocks: Tensor, begin: int, runs: int) -> Tensor:
-    numbers = torch.empty((len(blocks), runs * 32), dtype=torch.int8)
+def _stepped(blocks: Bytes, begin: int, runs: int) -> NDArray[np.int8]:
+    numbers = np.empty((len(blocks), runs * 32), np.int8)
     raw, places = _flat(blocks), _flat(numbers)
     _loops().stepped(raw, blocks.shape[1], begin, runs, _IQ4_STEPS, places)
     return numbers
 
 
-def _q8_0(blocks: Tensor) -> _Unpacked:
-    return blocks[:, 2:].view(torch.int8), _half(blocks, 0), None, 0
+def _q8_0(blocks: Bytes) -> _Unpacked:
+    return blocks[:, 2:].view(np.int8), _half(blocks, 0), None, 0
 
 
-def _mxfp4(blocks: Tensor) -> _Unpacked:
-    return blocks[:, 1:], powers_of_two(blocks[:, :1]), None, 16
+def _mxfp4(blocks: Bytes) -> _Unpacked:
+    return blocks[:, 1:], powers_of_two(torch.from_numpy(blocks[:, :1])).numpy(), None, 16
 
 
-def _scales_and_zeros(blocks: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+def _scales_and_zeros(blocks: Bytes, centred: bool) -> tuple[Floats, Floats]:
     """Return the float32 scales and zeros (blocks, 8) of Q4_K and Q5_K."""
-    scales, zeros = torch.empty((2, len(blocks), 8))
+    scales, zeros = np.empty((2, len(blocks), 8), np.float32)
     raw = _flat(blocks)
     _loops().scales_and_zeros(raw, blocks.shape[1], centred, _flat(scales), _flat(zeros))
     return scales, zeros
 
 
-def _q4_k(blocks: Tensor) -> _Unpacked:
+def _q4_k(blocks: Bytes) -> _Unpacked:
     return blocks[:, 16:], *_scales_and_zeros(blocks, True), 32
 
 
-def _q5_k(blocks: Tensor) -> _Unpacked:
+def _q5_k(blocks: Bytes) -> _Unpacked:
     scales, zeros = _scales_and_zeros(blocks, False)
-    numbers = torch.empty((len(blocks), 256), dtype=torch.int8)
+    numbers = np.empty((len(blocks), 256), np.int8)
     _loops().q5_k(_flat(blocks), _flat(numbers))
     return numbers, scales, zeros, 0
 
 
-def _q6_k(blocks: Tensor) -> _Unpacked:
-    numbers = torch.empty((len(blocks), 256), dtype=torch.int8)
-    scales = torch.empty((len(blocks), 16))
+def _q6_k(blocks: Bytes) -> _Unpacked:
+    numbers = np.empty((len(blocks), 256), np.int8)
+    scales = np.empty((len(blocks), 16), np.float32)
     _loops().q6_k(_flat(blocks), _flat(numbers))
     _loops().q6_k_scales(_flat(blocks), _flat(scales))
     return numbers, scales, None, 0
@@ -219,9 +225,8 @@ def _loops() -> ModuleType:
     return gguf_loops
 
 
-def _flat(numbers: Tensor) -> NDArray[Any]:
-    flat: NDArray[Any] = numbers.view(-1).numpy()
-    return flat
+def _flat(numbers: NDArray[Any]) -> NDArray[Any]:
+    return numbers.reshape(-1)
 
 
 _UNPACK = {
@@ -237,3 +242,5 @@ _UNPACK = {
     "Q6_K": _q6_k,
     "MXFP4": _mxfp4,
 }
+_MADE = {"Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q5_K", "Q6_K"}
+"""Types whose numbers are put together first; those of the others are read as they lie."""

@@ -19,6 +19,7 @@ Numbers = NDArray[np.int8]
 
 _U, _F = np.uint64, np.float32
 _0, _1, _2, _4, _8, _16, _32, _64 = (_U(n) for n in (0, 1, 2, 4, 8, 16, 32, 64))
+_LOW_FOURS, _UPPER_TWOS, _LOW_SIXES = _U(0x0F0F0F0F), _U(0x30303030), _U(0x3F3F3F3F)
 _EIGHT = np.float32(8)
 _HALF_UNIT = np.float32(2.0**112)
 """What the bits of a float16, moved to where a float32 has them, have to be multiplied by."""
@@ -70,19 +71,41 @@ def scales_and_zeros(
     A block has six bits each, packed, for eight scales and minima, and the zero is what the number
     0 stands for: less the minimum, or if `centred` that of the number 8.
     """
-    sixes = np.empty(16, np.float32)
-    for block in range(_U(scales.size) // _8):
-        at = block * _U(block_bytes)
-        scale, least = _half(raw, at), _half(raw, at + _2)
-        for k in range(_4):
-            low, high, both = raw[at + _4 + k], raw[at + _8 + k], raw[at + _U(12) + k]
-            sixes[k], sixes[_8 + k] = _F(low & 63), _F(high & 63)
-            sixes[_4 + k] = _F((both & 15) | ((low >> 6) << 4))
-            sixes[_8 + _4 + k] = _F((both >> 4) | ((high >> 6) << 4))
-        for k in range(_8):
-            own, minimum = scale * sixes[k], least * sixes[_8 + k]
-            scales[block * _8 + k] = own
-            zeros[block * _8 + k] = _EIGHT * own - minimum if centred else -minimum
+    count = _U(scales.size) // _8
+    packed = np.empty(128, np.uint64)
+    sixes = packed.view(np.uint8)
+    halves_, factors = np.zeros(128, np.uint32), np.empty(128, np.float32)
+    for first in range(_0, count, _64):
+        # Collected first: what is done to them afterwards is vectorised.
+        some = min(_64, count - first)
+        for k in range(some):
+            at = (first + k) * _U(block_bytes)
+            halves_[k], halves_[_64 + k] = _half_bits(raw, at), _half_bits(raw, at + _2)
+            low, high = _four_bytes(raw, at + _4), _four_bytes(raw, at + _8)
+            both = _four_bytes(raw, at + _U(12))
+            upper = (both & _LOW_FOURS) | ((low >> _2) & _UPPER_TWOS)
+            packed[k] = (low & _LOW_SIXES) | (upper << _32)
+            upper = ((both >> _4) & _LOW_FOURS) | ((high >> _2) & _UPPER_TWOS)
+            packed[_64 + k] = (high & _LOW_SIXES) | (upper << _32)
+        for k in range(_U(128)):
+            factors[k] = _widened(halves_[k])
+        for k in range(some):
+            scale, least, to = factors[k], factors[_64 + k], (first + k) * _8
+            for each in range(_8):
+                own = scale * _F(sixes[k * _8 + each])
+                minimum = least * _F(sixes[(_64 + k) * _8 + each])
+                scales[to + each] = own
+                zeros[to + each] = _EIGHT * own - minimum if centred else -minimum
+
+
+@compiled
+def _four_bytes(raw: Bytes, at: Any) -> Any:
+    return (
+        _U(raw[at])
+        | (_U(raw[at + _1]) << _8)
+        | (_U(raw[at + _2]) << _16)
+        | (_U(raw[at + _U(3)]) << _U(24))
+    )
 
 
 @compiled

@@ -65,7 +65,7 @@ class DenseWeights:
                     if isinstance(entry, QuantisedTensor) and len(entry.shape) != 2:
                         what = f"{entry.name} has the shape {entry.shape} and is quantised"
                         raise UnsupportedModelError(f"{what}, which cannot be run yet.", _OTHER)
-                    raw = [self._bytes(*each) for each in entry.inputs()]
+                    raw = [self._bytes(*each).numpy() for each in entry.inputs()]
                     return entry.dequantised(raw, self._dtype)
                 if entry.dtype is None:
                     raise UnsupportedModelError(
@@ -95,7 +95,7 @@ class DenseWeights:
             if self._ended:
                 raise CancelledError("Loading was stopped.")
             piece = raw[begin : begin + READ_BYTES]
-            self._files.read_into(name, first + begin, bytes_in(piece))
+            self._files.read([(name, first + begin, bytes_in(piece))])
             self._done_bytes += piece.numel()
         self._report("Reading the dense weights", self._done_bytes)
         return raw

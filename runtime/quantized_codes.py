@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,108 +20,118 @@ from torch import Tensor
 from runtime.formats import Form
 from runtime.weight_forms import PIECE_ROWS, Codes, powers_of_two
 
+Words = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
 _IN_ORDER = np.arange(8, dtype=np.uint64)
 _AWQ_PLACES = np.array((0, 4, 1, 5, 2, 6, 3, 7), np.uint64)
 """Which four bits of a word, counted from the lowest, each of its eight outputs has."""
 _PIECE_NUMBERS = 2**19
+"""So many numbers are made at once where they cannot be packed as they lie."""
 
 
 def plain(
-    form: Form, weight: Tensor, scales: Tensor, zero_points: Tensor | None = None
+    form: Form, weight: NDArray[Any], scales: NDArray[Any], zero_points: NDArray[Any] | None = None
 ) -> Iterable[Codes]:
     """One number per byte, as they are.
 
-    `weight` (N, K) float8_e4m3fn or int8; `scales` one per block in any float dtype, or uint8 for
+    `weight` (N, K) int8, or uint8 for float8_e4m3fn; `scales` float32, one per block, or uint8 for
     powers of two; `zero_points`, where there are any, one per block.
     """
     grid = _grid(form, *weight.shape)
-    scales = _float(scales).reshape(grid)
+    numbers = torch.from_numpy(weight)
+    if form.kind == "fp8":
+        numbers = numbers.view(torch.float8_e4m3fn)
+    factors = torch.from_numpy(scales)
+    if factors.dtype == torch.uint8:
+        factors = factors.view(torch.float8_e8m0fnu)
+    factors = factors.float().reshape(grid)
     if zero_points is None:
-        return [Codes(form, weight, scales)]
-    return [Codes(form, weight, scales, -zero_points.float().reshape(grid) * scales)]
+        return [Codes(form, numbers, factors)]
+    points = torch.from_numpy(zero_points).float().reshape(grid)
+    return [Codes(form, numbers, factors, -points * factors)]
 
 
-def mxfp4(form: Form, blocks: Tensor, scales: Tensor) -> Iterable[Codes]:
+def mxfp4(form: Form, blocks: NDArray[Any], scales: NDArray[np.uint8]) -> Iterable[Codes]:
     """`blocks` uint8 (N, K / 32, 16) or int8 (N, K / 2); `scales` uint8 (N, K / 32).
 
     A scale s is 2 ** (s - 127); 255 is no number, and the next power of two takes its place.
     """
-    powers = powers_of_two(scales.view(torch.uint8))
-    return [Codes(form, blocks.view(torch.uint8).flatten(1), powers, apart=1)]
+    numbers = torch.from_numpy(blocks.view(np.uint8)).flatten(1)
+    return [Codes(form, numbers, powers_of_two(torch.from_numpy(scales)), apart=1)]
 
 
-def awq(form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Iterator[Codes]:
+def awq(form: Form, qweight: Words, scales: Floats, qzeros: Words) -> Iterable[Codes]:
     """`qweight` int32 (K, N / 8), `qzeros` int32 (K / group, N / 8), `scales` (K / group, N)."""
     # Only those who unpack wait for numba to be imported.
-    from runtime import quantized_loops as loops
+    from runtime.quantized_loops import zeros_of
 
     _check_shapes(scales, qzeros)
-    if len(qweight) % 8 or 8 * qweight.shape[1] != scales.shape[1]:
-        raise ValueError(f"words {tuple(qweight.shape)} for scales {tuple(scales.shape)}")
-    words, wide = _unsigned(qweight), scales.float()
-    zeros = torch.empty_like(wide)
-    loops.zeros_of(_unsigned(qzeros), _AWQ_PLACES, False, wide.numpy(), zeros.numpy())
-    for outputs in _outputs(scales.shape[1], len(qweight)):
-        turned = torch.empty((len(qweight) // 8, outputs.stop - outputs.start), dtype=torch.int32)
-        loops.turn_words(words, _AWQ_PLACES, outputs.start, _unsigned(turned))
-        yield Codes(form, turned.t(), wide[:, outputs].t(), zeros[:, outputs].t(), apart=1)
+    if 8 * qweight.shape[1] != scales.shape[1]:
+        raise ValueError(f"words {qweight.shape} for scales {scales.shape}")
+    zeros = np.empty_like(scales)
+    zeros_of(qzeros.view(np.uint32), _AWQ_PLACES, False, scales, zeros)
+    words, factors, offsets = (torch.from_numpy(each.T) for each in (qweight, scales, zeros))
+    return [Codes(form, words, factors, offsets, eights=True)]
 
 
-def _check_shapes(scales: Tensor, qzeros: Tensor) -> None:
+def _check_shapes(scales: Floats, qzeros: Words) -> None:
     """The loops check nothing: this is what keeps them within their memory."""
-    if (len(qzeros), 8 * qzeros.shape[1]) != tuple(scales.shape):
-        raise ValueError(f"zeros {tuple(qzeros.shape)} for scales {tuple(scales.shape)}")
+    if (len(qzeros), 8 * qzeros.shape[1]) != scales.shape:
+        raise ValueError(f"zeros {qzeros.shape} for scales {scales.shape}")
 
 
 def gptq(
-    form: Form, qweight: Tensor, scales: Tensor, qzeros: Tensor, zeros_less_one: bool
+    form: Form, qweight: Words, scales: Floats, qzeros: Words, zeros_less_one: bool
 ) -> tuple[Iterable[Codes], bool]:
     """`qweight` int32 (K * bits / 32, N), `qzeros` int32 (K / group, N * bits / 32).
 
     `scales` is (K / group, N). Also says whether a form without zeros may stand for these.
     """
-    wide = scales.float()
     if form.kind == "int4":
         # Only those who unpack wait for numba to be imported.
         from runtime.quantized_loops import zeros_of
 
         _check_shapes(scales, qzeros)
-        points, offsets = _unsigned(qzeros), torch.empty_like(wide)
-        symmetric = zeros_of(points, _IN_ORDER, zeros_less_one, wide.numpy(), offsets.numpy())
+        points, offsets = qzeros.view(np.uint32), np.empty_like(scales)
+        symmetric = bool(zeros_of(points, _IN_ORDER, zeros_less_one, scales, offsets))
     else:
         # uint8 wraps where the zero point 0 was kept as the largest number.
-        zeros = qzeros.view(torch.uint8) + int(zeros_less_one)
-        symmetric, offsets = bool((zeros == 128).all()), (128 - zeros.float()) * wide
-    return _rows(form, qweight.t(), wide.t(), offsets.t() if form.zeros else None), symmetric
+        zeros = qzeros.view(np.uint8) + np.uint8(zeros_less_one)
+        symmetric = bool((zeros == 128).all())
+        offsets = (np.float32(128) - zeros.astype(np.float32)) * scales
+    return _rows(form, qweight.T, scales.T, offsets.T if form.zeros else None), symmetric
 
 
 def packed(
-    form: Form, weight: Tensor, scales: Tensor, zero_points: Tensor | None = None
+    form: Form, weight: Words, scales: Floats, zero_points: Words | None = None
 ) -> Iterable[Codes]:
     """compressed-tensors: `weight` int32 (N, K * bits / 32), `scales` (N, K / group).
 
     `zero_points` int32 (N * bits / 32, K / group), packed along the outputs.
     """
-    outputs = weight.shape[0]
-    scales = scales.float().reshape(outputs, -1)
+    outputs = len(weight)
+    scales = scales.reshape(outputs, -1)
     if zero_points is None:
         return _rows(form, weight, scales, None)
-    zeros, middle = _turned(zero_points).view(torch.uint8), 128
+    zeros, middle = np.ascontiguousarray(zero_points.T).view(np.uint8), 128
     if form.kind == "int4":
-        zeros, middle = _nibbles(zeros), 8
-    offsets = (middle - zeros[:, :outputs].t().float()) * scales
+        zeros, middle = np.stack((zeros & 15, zeros >> 4), 2).reshape(len(zeros), -1), 8
+    offsets = (np.float32(middle) - zeros[:, :outputs].T.astype(np.float32)) * scales
     return _rows(form, weight, scales, offsets)
 
 
-def _rows(form: Form, words: Tensor, scales: Tensor, zeros: Tensor | None) -> Iterator[Codes]:
+def _rows(form: Form, words: Words, scales: Floats, zeros: Floats | None) -> Iterator[Codes]:
     """Codes from words (N, K * bits / 32), those of eight bits kept as if they had no sign."""
+    factors = torch.from_numpy(scales)
+    offsets = None if zeros is None else torch.from_numpy(zeros)
     if form.kind == "int4":
-        yield Codes(form, words, scales, zeros, apart=1)
+        yield Codes(form, torch.from_numpy(words), factors, offsets, apart=1)
         return
     for rows in _outputs(len(words), 4 * words.shape[1]):
-        numbers = words[rows].clone(memory_format=torch.contiguous_format).view(torch.uint8)
-        signed = numbers.bitwise_xor_(128).view(torch.int8)
-        yield Codes(form, signed, scales[rows], None if zeros is None else zeros[rows])
+        numbers = np.ascontiguousarray(words[rows]).view(np.uint8) ^ np.uint8(128)
+        signed = torch.from_numpy(numbers.view(np.int8))
+        yield Codes(form, signed, factors[rows], None if offsets is None else offsets[rows])
 
 
 def _outputs(outputs: int, inputs: int) -> Iterator[slice]:
@@ -159,30 +170,8 @@ def finer(codes: Codes, form: Form) -> Codes:
 
 
 def _finer(piece: Codes, blocks: Tensor, form: Form) -> Tensor:
-    rows = -(-piece.codes.shape[0] // form.rows)
+    rows = -(-piece.rows // form.rows)
     return blocks.repeat_interleave(piece.form.rows // form.rows, 0)[:rows]
-
-
-def _unsigned(words: Tensor) -> NDArray[np.uint32]:
-    """Return the memory of int32 words."""
-    return words.numpy().view(np.uint32)
-
-
-def _turned(words: Tensor) -> Tensor:
-    # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
-    return words.t().clone(memory_format=torch.contiguous_format)
-
-
-def _nibbles(numbers: Tensor) -> Tensor:
-    """uint8 (..., n) of two numbers each to (..., 2 n), low ones first."""
-    wide = numbers.to(torch.int16)
-    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
-
-
-def _float(scales: Tensor) -> Tensor:
-    if scales.dtype == torch.uint8:
-        scales = scales.view(torch.float8_e8m0fnu)
-    return scales.float()
 
 
 def _grid(form: Form, rows: int, columns: int) -> tuple[int, int]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime import quantized_codes
 from runtime.errors import ModelFilesError, UnsupportedModelError
@@ -263,11 +263,11 @@ def _int_form(scheme: Scheme) -> Form:
     return Form("int4" if scheme.bits == 4 else "int8", 1, scheme.columns, scheme.zeros)
 
 
-def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Iterable[Codes]:
+def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: NDArray[Any]) -> Iterable[Codes]:
     weight, scales, zeros, *order = typed
     for groups in order:
-        inputs = scales.shape[0] * form.columns if form.columns else groups.numel()
-        if not torch.equal(groups, _in_order(inputs, form.columns or inputs, groups.dtype)):
+        inputs = len(scales) * form.columns if form.columns else groups.size
+        if not np.array_equal(groups, _in_order(inputs, form.columns or inputs)):
             raise UnsupportedModelError(
                 f"{name} has its weights in the order of activations (act-order), which cannot be"
                 " read.",
@@ -282,9 +282,10 @@ def _gptq(name: str, form: Form, zeros_less_one: bool, *typed: Tensor) -> Iterab
 
 
 @functools.lru_cache(maxsize=8)
-def _in_order(inputs: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _in_order(inputs: int, columns: int) -> NDArray[np.int32]:
     """Return the group of each input, as g_idx has it; kept because every matrix is asked."""
-    return (torch.arange(inputs) // columns).to(dtype)
+    groups: NDArray[np.int32] = np.arange(inputs, dtype=np.int32) // np.int32(columns)
+    return groups
 
 
 def _wrong(entry: TensorEntry, what: str) -> NoReturn:

@@ -14,6 +14,7 @@ import re
 import stat
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -30,6 +31,8 @@ MAX_TENSORS = 2**17
 """In one file. Real shards have hundreds; parsing more than this takes seconds."""
 MAX_JSON_VALUES = 2**20
 READ_BYTES = 32 * 2**20
+_MOST_BUFFERS = 64
+"""A system takes 1,024 of them in one call."""
 # The dtypes of the format, in bytes; torch names only for those that can be loaded as they are.
 _DTYPES: dict[str, tuple[int, str | None]] = {
     "BOOL": (1, "bool"),
@@ -112,28 +115,67 @@ class SafetensorsFiles:
         self._states.append(_state_of(file))
         return file
 
-    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
-        """Fill `buffer` (writable bytes) with the tensor's bytes from `begin` on.
+    def read(self, reads: Sequence[tuple[str, int, memoryview]]) -> None:
+        """Fill each buffer (writable bytes) with the named tensor's bytes from the given one on.
+
+        What lies one after another in a file is read in one go, whatever the order of `reads`.
 
         Raises:
-            ModelFilesError: the file changed, was cut or cannot be read.
+            ModelFilesError: a file changed, was cut or cannot be read.
         """
-        entry = self.tensors[name]
-        assert 0 <= begin <= begin + len(buffer) <= entry.size_bytes, (name, begin, len(buffer))
-        done = 0
-        while done < len(buffer):
-            piece = buffer[done : done + READ_BYTES]
-            at = entry.begin + begin + done
+        located = []
+        for name, begin, buffer in reads:
+            entry = self.tensors[name]
+            assert 0 <= begin <= begin + len(buffer) <= entry.size_bytes, (name, begin, len(buffer))
+            if len(buffer):
+                located.append((entry.file, entry.begin + begin, buffer))
+        located.sort(key=lambda each: each[:2])
+        run: list[memoryview] = []
+        file = start = end = -1
+        for number, at, buffer in located:
+            if run and (number, at) != (file, end) or len(run) == _MOST_BUFFERS:
+                self._read_run(file, start, run)
+                run = []
+            if not run:
+                file, start = number, at
+            run.append(buffer)
+            end = at + len(buffer)
+        if run:
+            self._read_run(file, start, run)
+        # Only now: they may have been changed while they were read.
+        for number in {number for number, _, _ in located}:
+            if _state_of(self._files[number]) != self._states[number]:
+                _damaged(self.paths[number], "it was changed while the model is loaded")
+
+    def _read_run(self, number: int, at: int, buffers: list[memoryview]) -> None:
+        """Fill `buffers`, one after another, with the bytes of a file from `at` on."""
+        while buffers:
+            some = buffers
+            if len(buffers[0]) > READ_BYTES:
+                some = [buffers[0][:READ_BYTES]]
             try:
-                count = self._read_at(entry.file, piece, at)
+                count = self._read_at(number, some, at)
             except (OSError, ValueError) as error:
-                _damaged(self.paths[entry.file], f"reading at byte {at} failed ({error})")
+                _damaged(self.paths[number], f"reading at byte {at} failed ({error})")
             if count == 0:
-                _damaged(self.paths[entry.file], f"it ends at byte {at}, inside tensor {name!r}")
-            done += count
-        # Only now: it may have been changed while it was read.
-        if _state_of(self._files[entry.file]) != self._states[entry.file]:
-            _damaged(self.paths[entry.file], "it was changed while the model is loaded")
+                _damaged(
+                    self.paths[number], f"it ends at byte {at}, inside {self._name(number, at)}"
+                )
+            at += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers[0])
+                buffers = buffers[1:]
+            if count:
+                buffers = [buffers[0][count:], *buffers[1:]]
+
+    def _name(self, number: int, at: int) -> str:
+        """Name the tensor that has byte `at` of a file."""
+        inside = (
+            entry.name
+            for entry in self.tensors.values()
+            if entry.file == number and entry.begin <= at < entry.begin + entry.size_bytes
+        )
+        return f"tensor {next(inside)!r}"
 
     def close(self) -> None:
         """Close all files; safe to call twice."""
@@ -168,16 +210,17 @@ class SafetensorsFiles:
         """Whether nearly all of every file is in the page cache already."""
         return all(map(is_cached, self._files))
 
-    def _read_at(self, number: int, buffer: memoryview, at: int) -> int:
+    def _read_at(self, number: int, buffers: Sequence[memoryview], at: int) -> int:
+        """Read some bytes into the first of `buffers`, or into several; 0 at the file's end."""
         file = self._files[number]
         if self._past_cache is not None:
-            return self._past_cache.read_at(number, buffer, at)
+            return self._past_cache.read_at(number, buffers, at)
         if _PREADV is not None:
-            count: int = _PREADV(file.fileno(), [buffer], at)
+            count: int = _PREADV(file.fileno(), buffers, at)
             return count
         with self._seeking:
             file.seek(at)
-            return file.readinto(buffer) or 0
+            return file.readinto(buffers[0]) or 0
 
 
 def _state_of(file: io.FileIO) -> tuple[int, int]:

@@ -7,24 +7,26 @@ place; only a foreign dtype or order of axes takes a detour.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.core import ExpertId
 from runtime.errors import CancelledError
 from runtime.formats import ALIGNMENT_BYTES, DTYPE_BYTES, ExpertFormat, Matrix, Part
-from runtime.kernels import views
 from runtime.safetensors_files import TensorEntry
-from runtime.weight_forms import Codes, encode
+from runtime.weight_forms import Codes, encode, memories
 
 _SCRATCH_ITEMS = 2**18
+_TOGETHER_BYTES = 2**24
+"""Tensors are read together up to about so much: a call for each of them would cost time."""
 _UNPACKING_BYTES = 2 * 2**20
 """What unpacking a few rows makes on the way, in one thread."""
 RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8", "I8": "uint8"}
@@ -55,13 +57,14 @@ class Conversion:
 class Encoding:
     """Rows of a quantised matrix with all its parts, unpacked from raw bytes of the files.
 
-    Each input is (tensor, first byte, bytes) and reaches `unpack` as uint8 (bytes,), not to keep.
+    Each input is (tensor, first byte, bytes) and reaches `unpack` as an array of bytes, not to
+    keep.
     `unpack` gives rows below each other, from row `first` of the matrix on, as `encode` takes them.
     """
 
     matrix: Matrix
     inputs: tuple[tuple[str, int, int], ...]
-    unpack: Callable[[Sequence[Tensor]], Iterable[Codes]]
+    unpack: Callable[[Sequence[NDArray[np.uint8]]], Iterable[Codes]]
     first: int = 0
 
 
@@ -82,8 +85,8 @@ class TensorFiles(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorEntry]: ...
 
-    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `begin` on.
+    def read(self, reads: Sequence[tuple[str, int, memoryview]]) -> None:
+        """Fill each buffer with bytes of a tensor, from the given one on.
 
         Raises:
             ModelFilesError: the file changed, was cut or cannot be read.
@@ -136,51 +139,51 @@ class RecipeSource:
             CancelledError: `stop` returned True.
         """
         layer = self._layers[expert.layer]
-        target = torch.frombuffer(into, dtype=torch.uint8)
         parts = {part.name: part for part in layer.format.parts}
-        places: Mapping[str, Tensor] = {}
-        for step in layer.recipes[expert.expert]:
+        places = memories(np.frombuffer(into, np.uint8), layer.format)
+        for steps in _together(layer.recipes[expert.expert]):
             if self.stop():
                 raise CancelledError("Loading was stopped.")
-            if isinstance(step, Encoding):
-                # Making views takes as long as encoding a small matrix.
-                places = places or views(target, layer.format)
-                self._encode(places, step)
-                continue
-            part = parts[step.part]
-            raw = target[part.offset_bytes : part.offset_bytes + part.size_bytes]
-            if isinstance(step, Conversion):
-                self._convert(raw, part, step)
-            else:
-                self._copy(raw, part, step)
+            reads: list[tuple[str, int, memoryview]] = []
+            encodings: list[tuple[Encoding, list[NDArray[np.uint8]]]] = []
+            scratch = self._scratch(sum(map(_scratch_bytes, steps)))
+            for step in steps:
+                if isinstance(step, Encoding):
+                    raw, scratch = _cut(scratch, step)
+                    encodings.append((step, raw))
+                    for (name, first, _), data in zip(step.inputs, raw, strict=True):
+                        reads.append((name, first, bytes_in(data)))
+                elif isinstance(step, Piece) and self._is_straight(step, parts[step.part]):
+                    size = DTYPE_BYTES[parts[step.part].dtype]
+                    place = places[step.part][step.into * size : (step.into + step.items) * size]
+                    reads.append((step.tensor, step.first * size, bytes_in(place)))
+                else:
+                    self._change(torch.from_numpy(places[step.part]), parts[step.part], step)
+            self._files.read(reads)
+            for step, raw in encodings:
+                first = step.first
+                for codes in step.unpack(raw):
+                    encode(codes, step.matrix, places, first)
+                    first += codes.rows
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
         self._files.close()
 
-    def _copy(self, raw: Tensor, part: Part, piece: Piece) -> None:
+    def _is_straight(self, piece: Piece, part: Part) -> bool:
         entry = self._files.tensors[piece.tensor]
-        if part.dtype == RAW_DTYPES.get(entry.stored, entry.dtype):
-            size = DTYPE_BYTES[part.dtype]
-            place = raw[piece.into * size : (piece.into + piece.items) * size]
-            self._files.read_into(piece.tensor, piece.first * size, bytes_in(place))
-            return
-        place = raw.view(getattr(torch, part.dtype))[piece.into : piece.into + piece.items]
-        for begin in range(0, piece.items, _SCRATCH_ITEMS):
-            items = min(_SCRATCH_ITEMS, piece.items - begin)
-            place[begin : begin + items] = self._read(entry, piece.first + begin, items)
+        return part.dtype == RAW_DTYPES.get(entry.stored, entry.dtype)
 
-    def _encode(self, parts: Mapping[str, Tensor], step: Encoding) -> None:
-        sizes = [size for _, _, size in step.inputs]
-        ends = list(itertools.accumulate(sizes, lambda end, size: _aligned(end) + size))
-        scratch = self._scratch(ends[-1])
-        raw = [scratch[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        for (name, first, _), data in zip(step.inputs, raw, strict=True):
-            self._files.read_into(name, first, bytes_in(data))
-        first = step.first
-        for codes in step.unpack(raw):
-            encode(codes, step.matrix, parts, first)
-            first += codes.codes.shape[0]
+    def _change(self, raw: Tensor, part: Part, step: Piece | Conversion) -> None:
+        """Fill a part, or a piece of it, with numbers that are not as the file has them."""
+        if isinstance(step, Conversion):
+            self._convert(raw, part, step)
+            return
+        entry = self._files.tensors[step.tensor]
+        place = raw.view(getattr(torch, part.dtype))[step.into : step.into + step.items]
+        for begin in range(0, step.items, _SCRATCH_ITEMS):
+            items = min(_SCRATCH_ITEMS, step.items - begin)
+            place[begin : begin + items] = self._read(entry, step.first + begin, items)
 
     def _convert(self, raw: Tensor, part: Part, step: Conversion) -> None:
         inputs = []
@@ -197,14 +200,15 @@ class RecipeSource:
         assert entry.dtype is not None, entry
         dtype: torch.dtype = getattr(torch, entry.dtype)
         raw = self._scratch(items * dtype.itemsize)
-        self._files.read_into(entry.name, first * dtype.itemsize, bytes_in(raw))
-        return raw.view(dtype)
+        self._files.read([(entry.name, first * dtype.itemsize, bytes_in(raw))])
+        return torch.from_numpy(raw).view(dtype)
 
-    def _scratch(self, size_bytes: int) -> Tensor:
+    def _scratch(self, size_bytes: int) -> NDArray[np.uint8]:
         """Return this thread's own memory: the same at every call, as new pages cost time."""
-        scratch: Tensor | None = getattr(self._own, "scratch", None)
-        if scratch is None or scratch.numel() < size_bytes:
-            scratch = self._own.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+        scratch: NDArray[np.uint8] | None = getattr(self._own, "scratch", None)
+        if scratch is None or scratch.size < size_bytes:
+            # torch's memory begins where every dtype may.
+            scratch = self._own.scratch = torch.empty(size_bytes, dtype=torch.uint8).numpy()
         return scratch[:size_bytes]
 
 
@@ -214,17 +218,47 @@ def reading_bytes(layers: Sequence[LayerSource]) -> int:
     What goes straight to its place needs nothing, and conversions of a family's own are not
     counted.
     """
-    largest = 0
-    for layer in layers:
-        steps = [step for step in layer.recipes[0] if isinstance(step, Encoding)]
-        sizes = [sum(_aligned(size) for _, _, size in step.inputs) for step in steps]
-        largest = max(largest, *sizes) if sizes else largest
+    sizes = [
+        sum(map(_scratch_bytes, steps)) for layer in layers for steps in _together(layer.recipes[0])
+    ]
+    largest = max(sizes, default=0)
     return largest + _UNPACKING_BYTES if largest else 0
 
 
-def bytes_in(raw: Tensor) -> memoryview:
-    """Return the memory of a uint8 CPU tensor, to read into."""
-    memory: Any = raw.numpy()
+def _together(recipe: Recipe) -> Iterator[Sequence[Piece | Conversion | Encoding]]:
+    """Cut a recipe into steps whose tensors are read together, at least one each time."""
+    steps: list[Piece | Conversion | Encoding] = []
+    size_bytes = 0
+    for step in recipe:
+        more_bytes = step.items if isinstance(step, Piece) else _scratch_bytes(step)
+        if size_bytes and size_bytes + more_bytes > _TOGETHER_BYTES:
+            yield steps
+            steps, size_bytes = [], 0
+        steps.append(step)
+        size_bytes += more_bytes
+    yield steps
+
+
+def _scratch_bytes(step: Piece | Conversion | Encoding) -> int:
+    if not isinstance(step, Encoding):
+        return 0
+    return sum(_aligned(size) for _, _, size in step.inputs)
+
+
+def _cut(
+    scratch: NDArray[np.uint8], step: Encoding
+) -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """Return memory for what `step` reads, and what is left of `scratch`."""
+    raw = []
+    for _, _, size in step.inputs:
+        raw.append(scratch[:size])
+        scratch = scratch[_aligned(size) :]
+    return raw, scratch
+
+
+def bytes_in(raw: Tensor | NDArray[np.uint8]) -> memoryview:
+    """Return the memory of a uint8 CPU tensor or array, to read into."""
+    memory: Any = raw if isinstance(raw, np.ndarray) else raw.numpy()
     return memoryview(memory)
 
 

@@ -14,7 +14,8 @@ is the low nibble.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.formats import Form, Matrix, ScaleDtype
-from runtime.weight_packing import LARGEST_BLOCK, pack_into, turned, unpack
+from runtime.formats import ExpertFormat, Form, Matrix, ScaleDtype
+from runtime.weight_packing import LARGEST_BLOCK, pack_eights, pack_into, turned, unpack
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_VALUES = (*_E2M1, *(-value for value in _E2M1))
@@ -32,8 +33,10 @@ _E8M0_BIAS = 127
 _E8M0_LEAST_BITS = 0x00400000
 """2 ** -127 as a float32, which has no exponent of its own for it."""
 _MANTISSA_BITS = 23
+_DEQUANTISE_ITEMS = 2**20
 _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
+_AWQ_SHIFTS = torch.tensor((0, 16, 4, 20, 8, 24, 12, 28), dtype=torch.int32)
 PIECE_ROWS = LARGEST_BLOCK
 """Rows of a matrix that is written in pieces begin at a multiple of this."""
 
@@ -49,7 +52,8 @@ class Codes:
 
     `codes` may be a view of a file's bytes with the rows first, (N, ...), as it lies there. Where
     `apart` is not 0 those hold two codes each: in runs of so many bytes, the low halves and then
-    the high halves.
+    the high halves. With `eights` they are int32 (N / 8, K) as AWQ has them: the four bits of
+    eight rows to a word, the even rows in the lower half.
     """
 
     form: Form
@@ -57,10 +61,19 @@ class Codes:
     scales: Tensor
     zeros: Tensor | None = None
     apart: int = 0
+    eights: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many outputs, N."""
+        return self.codes.shape[0] * (8 if self.eights else 1)
 
     @property
     def numbers(self) -> Tensor:
         """The codes one by one, (N, K)."""
+        if self.eights:
+            fours = self.codes.unsqueeze(1) >> _AWQ_SHIFTS.view(1, 8, 1)
+            return (fours & 15).to(torch.uint8).flatten(0, 1)
         if not self.apart:
             return self.codes.flatten(1)
         # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
@@ -70,6 +83,17 @@ class Codes:
             wide = pairs.flatten(1).to(torch.int16)
             return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
         return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
+
+    def in_pieces(self, columns: int) -> Iterator[Codes]:
+        """Yield some rows at a time, of `columns` numbers: computing with them takes little."""
+        height = math.lcm(self.form.rows, 8)
+        step = max(1, _DEQUANTISE_ITEMS // columns // height) * height
+        for begin in range(0, self.rows, step):
+            end = begin + step
+            blocks = slice(begin // self.form.rows, -(-end // self.form.rows))
+            codes = self.codes[begin // 8 : end // 8] if self.eights else self.codes[begin:end]
+            zeros = None if self.zeros is None else self.zeros[blocks]
+            yield replace(self, codes=codes, scales=self.scales[blocks], zeros=zeros)
 
 
 def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -157,8 +181,18 @@ def parts_of(matrix: Matrix) -> list[tuple[str, tuple[int, ...], str]]:
     return parts
 
 
-def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int = 0) -> None:
-    """Write `codes` into the parts of `matrix`, typed views as `kernels.views` makes them.
+def memories(flat: NDArray[np.uint8], layout: ExpertFormat) -> dict[str, NDArray[np.uint8]]:
+    """Return the bytes of each part of one expert inside `flat`, which they share."""
+    return {
+        part.name: flat[part.offset_bytes : part.offset_bytes + part.size_bytes]
+        for part in layout.parts
+    }
+
+
+def encode(
+    codes: Codes, matrix: Matrix, parts: Mapping[str, NDArray[np.uint8]], first: int = 0
+) -> None:
+    """Write `codes` into the parts of `matrix`, as `memories` returns them.
 
     They may be some of its rows, from row `first` on: a multiple of `PIECE_ROWS` and of the form's
     rows, as their number is where more rows follow. The form of `codes` is that of `matrix` but
@@ -168,26 +202,36 @@ def encode(codes: Codes, matrix: Matrix, parts: Mapping[str, Tensor], first: int
     assert codes.form.same_codes(form), (codes.form, matrix)
     assert first % PIECE_ROWS == first % form.rows == 0, (first, matrix)
     numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
-    rows = slice(first, first + codes.codes.shape[0])
+    rows, columns = matrix.shape
     if is_packed(matrix):
-        planes = [numbers[rows]]
+        begin, end = first * columns // 2, (first + codes.rows) * columns // 2
+        planes = [numbers[begin:end]]
         if form.kind == "int8":
             # code == 16 * (high - 8) + low, both 0 to 15; the plane of the high ones comes first.
-            planes = [numbers[matrix.shape[0] :][rows], numbers[rows]]
-        pack_into(codes.codes, planes, codes.apart, signed=form.kind == "int8")
-        _write_groups(codes, scales, first)
+            half = rows * columns // 2
+            planes = [numbers[half + begin : half + end], numbers[begin:end]]
+        if codes.eights:
+            pack_eights(codes.codes.numpy(), planes[0])
+        else:
+            pack_into(codes.codes.numpy(), planes, codes.apart, signed=form.kind == "int8")
+        _write_groups(codes, form.scale_dtype, scales.reshape(columns // form.columns, -1), first)
         return
-    blocks = slice(first // form.rows, first // form.rows + codes.scales.shape[0])
-    if form.kind in ("int4", "mxfp4"):
-        numbers[rows] = _paired(codes)
-    else:
-        numbers[rows] = codes.numbers
+    _write_rows(_paired(codes) if form.kind in ("int4", "mxfp4") else codes.numbers, numbers, first)
+    block = first // form.rows
     if form.kind == "mxfp4":
-        scales[blocks] = _exponents(codes.scales)
-    else:
-        scales[blocks] = codes.scales
+        _write_rows(_exponents(codes.scales), scales, block)
+        return
+    dtype: torch.dtype = getattr(torch, form.scale_dtype)
+    _write_rows(codes.scales.to(dtype), scales, block)
     if codes.zeros is not None:
-        parts[f"{matrix.name}.zeros"][blocks] = codes.zeros
+        _write_rows(codes.zeros.to(dtype), parts[f"{matrix.name}.zeros"], block)
+
+
+def _write_rows(rows: Tensor, memory: NDArray[np.uint8], first: int) -> None:
+    """Write rows of a part into its bytes, from row `first` on."""
+    written = rows.contiguous().view(-1).view(torch.uint8).numpy()
+    begin = first * rows[0].nbytes
+    memory[begin : begin + written.size] = written
 
 
 def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
@@ -215,23 +259,22 @@ def held(matrix: Matrix, parts: Mapping[str, Tensor]) -> Codes:
     return Codes(form, numbers, scales.float(), zeros)
 
 
-def _write_groups(codes: Codes, scales: Tensor, first: int) -> None:
-    """Write scales, and zeros beside them, into (groups, N) or (groups, N, 2) from row `first`."""
+def _write_groups(codes: Codes, dtype: ScaleDtype, groups: NDArray[np.uint8], first: int) -> None:
+    """Write scales, and zeros beside them, of rows from `first` on into (groups, bytes)."""
     # Only those who pack wait for numba to be imported.
     from runtime import weight_packing_loops as loops
 
-    rows, count = codes.scales.shape
-    if count != scales.shape[0] or not 0 <= first <= scales.shape[1] - rows:
-        where = f"rows {first} to {first + rows}"
-        raise ValueError(f"{where} of {count} groups do not fit {tuple(scales.shape)}")
-    if codes.zeros is not None and codes.zeros.shape != codes.scales.shape:
-        raise ValueError(f"{tuple(codes.zeros.shape)} zeros for {tuple(codes.scales.shape)} scales")
-    dtype, whole = scales.dtype, torch.int32 if scales.itemsize == 4 else torch.int16
-    groups, wide = scales.view(whole).numpy(), codes.scales.to(dtype).view(whole).numpy()
-    if codes.zeros is None:
-        loops.turn_scales(wide, first, groups)
-    else:
-        loops.turn_groups(wide, codes.zeros.to(dtype).view(whole).numpy(), first, groups)
+    scales = codes.scales.numpy().view(np.uint32)
+    zeros = scales if codes.zeros is None else codes.zeros.numpy().view(np.uint32)
+    has_zeros, as_bfloat16 = codes.zeros is not None, dtype == "bfloat16"
+    places = groups.view(f"u{(2 if as_bfloat16 else 4) << has_zeros}")
+    if len(groups) != scales.shape[1] or first + len(scales) > places.shape[1]:
+        # The loop checks nothing: this is what keeps it within its memory.
+        where = f"rows {first} to {first + len(scales)}"
+        raise ValueError(f"{where} of {scales.shape[1]} groups do not fit {places.shape}")
+    if zeros.shape != scales.shape:
+        raise ValueError(f"{zeros.shape} zeros for {scales.shape} scales")
+    loops.write_groups(scales, zeros, has_zeros, as_bfloat16, first, places)
 
 
 def _bytes_of(rows: Tensor) -> NDArray[np.uint8]:

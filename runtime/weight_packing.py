@@ -11,7 +11,7 @@ row instead of along a column, and only bits change their places.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ def packing() -> Packing:
 
 
 def pack_into(
-    numbers: Tensor,
-    planes: Sequence[Tensor],
+    numbers: NDArray[Any],
+    planes: Sequence[NDArray[np.uint8]],
     apart: int,
     signed: bool = False,
     packing_: Packing | None = None,
@@ -64,63 +64,68 @@ def pack_into(
 
     `numbers` is (N, bytes) or (N, runs, bytes), as it lies in a file: the last axis without gaps
     and a multiple of 16 bytes long, or int32 (N, words) with the first axis without gaps and
-    `apart` 1. `planes` are contiguous uint8. With `apart` 0 a byte is one column: its low half goes
-    to the first of `planes`, (N, bytes / 2), and its high half to the second, or nowhere if there
-    is only one. `signed` ones are int8, and what is packed is 128 more. Otherwise there is one
-    plane, and a byte is two columns that lie `apart` bytes apart: 1, or a multiple of 16.
+    `apart` 1. `planes` are flat. With `apart` 0 a byte is one column: its low half goes to the
+    first of `planes`, and its high half to the second, or nowhere if there is only one. `signed`
+    ones are int8, and what is packed is 128 more. Otherwise there is one plane, and a byte is two
+    columns that lie `apart` bytes apart: 1, or a multiple of 16.
     """
     # Only those who pack wait for numba to be imported.
     from runtime import weight_packing_loops as loops
 
-    how = packing_ or packing()
-    rows, size, stride = numbers.shape[0], numbers.itemsize, numbers.stride()
-    columns = numbers[0].nbytes * (2 if apart else 1)
-    if rows % 16 or columns % 32 or any(2 * plane.nbytes != rows * columns for plane in planes):
+    by_columns = numbers.ndim == 2 and numbers.itemsize == numbers.strides[0] == 4
+    if by_columns:
+        assert apart == 1, apart
+        words = numbers.T.view(np.uint32)
+        for begin, end, block in _blocks(len(numbers), numbers.size * 4, planes, packing_):
+            some = planes[0][begin * 4 * len(words) : end * 4 * len(words)]
+            loops.pack_columns(words, begin, end, some, block.rows, block.halves)
+        return
+    if numbers.strides[-1] != numbers.itemsize:
+        numbers = np.ascontiguousarray(numbers)
+    data = numbers.view(np.uint8)
+    if data.ndim == 2:
+        data = data[:, None]
+    columns = data[0].size * (2 if apart else 1)
+    for begin, end, block in _blocks(len(data), data.size // (1 if apart else 2), planes, packing_):
+        wide = [
+            place[begin * columns // 2 : end * columns // 2].view(np.uint64) for place in planes
+        ]
+        if len(wide) == 1:
+            wide.append(wide[0] if apart else wide[0][:0])
+        flip = _SIGNS if signed else _NO_SIGNS
+        some = data[begin:end]
+        low, high = wide
+        loops.pack_rows(some, flip, low, high, apart > 0, apart // 8, block.rows, block.halves)
+
+
+def pack_eights(
+    words: NDArray[np.int32], plane: NDArray[np.uint8], packing_: Packing | None = None
+) -> None:
+    """Pack words of eight rows each, (N / 8, K), as `Codes.eights` has them; N a multiple of 16."""
+    # Only those who pack wait for numba to be imported.
+    from runtime import weight_packing_loops as loops
+
+    columns = words.shape[1]
+    turned_words = words.T.view(np.uint32)
+    for begin, end, block in _blocks(8 * len(words), words.size * 4, [plane], packing_):
+        some = plane[begin * columns // 2 : end * columns // 2].view(np.uint64)
+        loops.pack_eights(turned_words[:, begin // 8 : end // 8], some, block.rows, block.halves)
+
+
+def _blocks(
+    rows: int, plane_bytes: int, planes: Sequence[NDArray[np.uint8]], packing_: Packing | None
+) -> Iterator[tuple[int, int, Packing]]:
+    """Cut rows into those of full blocks and the rest: begin, end and packing of each."""
+    if rows % 16 or plane_bytes * 2 % (rows * 32) or any(p.size != plane_bytes for p in planes):
         # The loops check nothing: this is what keeps them within their memory.
-        sizes = [plane.nbytes for plane in planes]
-        raise ValueError(f"{rows} rows of {columns} numbers do not fit planes of {sizes} bytes")
-    by_columns = size == 4 and stride == (1, rows)
-    if not by_columns and stride[-1] != 1:
-        numbers = numbers.contiguous()
-        stride = numbers.stride()
-    runs = numbers.shape[1] if len(stride) == 3 else 1
-    data, row_bytes = _memory(numbers), stride[0] * size
-    places: list[NDArray[Any]] = [plane.view(-1).numpy() for plane in planes]
-    plane_bytes = places[0].size // rows
+        sizes = [plane.size for plane in planes]
+        raise ValueError(f"{rows} rows of {plane_bytes} bytes do not fit planes of {sizes} bytes")
+    how = packing_ or packing()
     full = rows - rows % how.rows
-    for begin, end, block in ((0, full, how), (full, rows, Packing(rows - full, halves=False))):
-        if begin == end:
-            continue
-        some = [place[begin * plane_bytes : end * plane_bytes] for place in places]
-        if by_columns:
-            assert apart == 1, apart
-            words = data.view(np.uint32).reshape(-1, rows)
-            loops.pack_columns(words, begin, end, some[0], block.rows, block.halves)
-            continue
-        wide = [place.view(np.uint64) for place in some]
-        loops.pack_rows(
-            data[begin * row_bytes :],
-            end - begin,
-            row_bytes,
-            (runs, stride[-2] * size, numbers.shape[-1] * size // 8),
-            _SIGNS if signed else _NO_SIGNS,
-            (wide[0], wide[0][:0] if apart == 0 and len(wide) == 1 else wide[-1]),
-            apart > 0,
-            apart // 8,
-            block.rows,
-            block.halves,
-        )
-
-
-def _memory(numbers: Tensor) -> NDArray[np.uint8]:
-    """Return the bytes from the first to the last one of a tensor, gaps and all."""
-    if numbers.is_contiguous():
-        whole: NDArray[Any] = numbers.view(-1).numpy()
-        return whole.view(np.uint8)
-    pairs = zip(numbers.shape, numbers.stride(), strict=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
-    flat: NDArray[Any] = numbers.as_strided((extent,), (1,)).numpy()
-    return flat.view(np.uint8)
+    if full:
+        yield 0, full, how
+    if full < rows:
+        yield full, rows, Packing(rows - full, halves=False)
 
 
 def turned(words: Words) -> Words:

@@ -33,7 +33,7 @@ def read(file: DirectFile, at: int, size: int) -> bytes:
     buffer = bytearray(size)
     done = 0
     while done < size:
-        count = file.read_at(memoryview(buffer)[done:], at + done)
+        count = file.read_at([memoryview(buffer)[done:]], at + done)
         if not count:
             break
         done += count
@@ -89,11 +89,11 @@ def test_a_file_that_is_not_what_it_was_is_not_read(tmp_path: Path) -> None:
     changed.write_bytes(b"a" * 9000)
     with changed.open("rb", buffering=0) as raw:
         files = DirectFiles([raw])
-        assert files.read_at(0, memoryview(bytearray(10)), 8995) == 5
+        assert files.read_at(0, [memoryview(bytearray(10))], 8995) == 5
         with changed.open("r+b") as other:
             other.truncate(100)
         with pytest.raises(ValueError, match="changed"):
-            files.read_at(0, memoryview(bytearray(10)), 0)
+            files.read_at(0, [memoryview(bytearray(10))], 0)
         files.close()
 
 

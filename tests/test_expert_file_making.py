@@ -6,7 +6,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ class CountingFiles:
     def tensors(self) -> Mapping[str, TensorEntry]:
         return self._files.tensors
 
-    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
-        self.reads += 1
-        self._files.read_into(name, begin, buffer)
+    def read(self, reads: Sequence[tuple[str, int, memoryview]]) -> None:
+        self.reads += len(reads)
+        self._files.read(reads)
 
     def close(self) -> None:
         self._files.close()

@@ -15,7 +15,7 @@ from runtime import gguf_blocks
 from runtime.formats import Matrix, lay_out
 from runtime.gguf_blocks import FORMS, common_form, numbers_of, pieces, stacked, unpack, widened
 from runtime.kernels import views
-from runtime.weight_forms import dequantise, encode, held, parts_of
+from runtime.weight_forms import dequantise, encode, held, memories, parts_of
 from tests import unpacking_reference
 from tests.gguf_writer import QUANTISED, TYPES, random_blocks
 
@@ -84,20 +84,20 @@ _ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_all_numbers_are_those_of_the_file(kind: str) -> None:
     for raw in (raw_of(kind), raw_of(kind, 1)):
-        codes = unpack(kind, raw, COLUMNS)
+        codes = unpack(kind, raw.numpy(), COLUMNS)
         assert codes.numbers.shape == (ROWS, COLUMNS)
         numbers = dequantise(codes, torch.float32)
         assert 0.01 < numbers.std() < 0.1
         assert torch.equal(numbers, expected(kind, raw))
-        assert torch.equal(numbers_of(kind, raw, COLUMNS, torch.float32), numbers)
-        rounded = numbers_of(kind, raw, COLUMNS, torch.bfloat16)
+        assert torch.equal(numbers_of(kind, raw.numpy(), COLUMNS, torch.float32), numbers)
+        rounded = numbers_of(kind, raw.numpy(), COLUMNS, torch.bfloat16)
         assert torch.equal(rounded, expected(kind, raw).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_any_bits_at_all_stay_within_one_rounding_of_the_zero(kind: str) -> None:
     raw = wild(kind)
-    codes = unpack(kind, raw, COLUMNS)
+    codes = unpack(kind, raw.numpy(), COLUMNS)
     numbers, exact = dequantise(codes, torch.float32), expected(kind, raw)
     if codes.zeros is None or codes.form.kind == "int8":
         assert torch.equal(numbers, exact)
@@ -116,7 +116,10 @@ def test_any_bits_at_all_are_what_the_reference_makes_of_them(kind: str, scale: 
         # Every third block, so that what is around it shows if it is touched.
         blocks = raw.view(-1, block_bytes)[::3]
         blocks[:, place], blocks[:, place + 1] = halves[scale] & 255, halves[scale] >> 8
-    ours, theirs = unpack(kind, raw, COLUMNS), unpacking_reference.unpack(kind, raw, COLUMNS)
+    ours, theirs = (
+        unpack(kind, raw.numpy(), COLUMNS),
+        unpacking_reference.unpack(kind, raw, COLUMNS),
+    )
     assert (ours.form, ours.apart) == (theirs.form, theirs.apart)
     assert torch.equal(ours.codes, theirs.codes)
     for one, other in ((ours.scales, theirs.scales), (ours.zeros, theirs.zeros)):
@@ -132,7 +135,7 @@ def test_any_bits_at_all_are_what_the_reference_makes_of_them(kind: str, scale: 
 def test_the_reference_notices_a_changed_bit(kind: str) -> None:
     raw = raw_of(kind)
     raw[-1] ^= 8
-    numbers = dequantise(unpack(kind, raw_of(kind), COLUMNS), torch.float32)
+    numbers = dequantise(unpack(kind, raw_of(kind).numpy(), COLUMNS), torch.float32)
     assert not torch.equal(numbers, expected(kind, raw))
 
 
@@ -143,7 +146,7 @@ def test_the_gguf_package_reads_the_same_numbers(kind: str) -> None:
     raw = raw_of(kind)
     rows = raw.view(ROWS, -1).numpy()
     theirs = quants.dequantize(np.ascontiguousarray(rows), types[kind])
-    numbers = dequantise(unpack(kind, raw, COLUMNS), torch.float32)
+    numbers = dequantise(unpack(kind, raw.numpy(), COLUMNS), torch.float32)
     assert torch.equal(numbers, torch.from_numpy(theirs))
 
 
@@ -151,13 +154,14 @@ def test_the_gguf_package_reads_the_same_numbers(kind: str) -> None:
 def test_matrices_of_two_types_share_a_form_without_losing_a_bit(kinds: tuple[str, str]) -> None:
     form = common_form(kinds)
     raws = [raw_of(kind, seed) for seed, kind in enumerate(kinds)]
-    wide = [widened(unpack(k, raw, COLUMNS), form) for k, raw in zip(kinds, raws, strict=True)]
+    blocks = [unpack(k, raw.numpy(), COLUMNS) for k, raw in zip(kinds, raws, strict=True)]
+    wide = [widened(each, form) for each in blocks]
     matrix = Matrix("m", (2 * ROWS, COLUMNS), form)
     layout = lay_out(parts_of(matrix), [matrix])
     separate = [expected(kind, raw) for kind, raw in zip(kinds, raws, strict=True)]
     for interleaved in (False, True):
         flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
-        encode(stacked(wide, interleaved), matrix, views(flat, layout))
+        encode(stacked(wide, interleaved), matrix, memories(flat.numpy(), layout))
         numbers = dequantise(held(matrix, views(flat, layout)), torch.float32)
         gate, up = (numbers[0::2], numbers[1::2]) if interleaved else numbers.chunk(2)
         assert torch.equal(gate, separate[0])
@@ -172,9 +176,9 @@ def test_no_type_needs_a_wider_form_than_its_own() -> None:
 
 def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks("Q5_K", (150, 256), torch.Generator().manual_seed(0))
-    raw = torch.frombuffer(bytearray(blocks.content), dtype=torch.uint8)
+    raw = np.frombuffer(blocks.content, np.uint8)
     whole = numbers_of("Q5_K", raw, 256, torch.bfloat16)
-    monkeypatch.setattr(gguf_blocks, "_PIECE_ITEMS", 100)
+    monkeypatch.setattr(gguf_blocks, "_PIECE_BYTES", 100)
     assert [len(codes.codes) for codes in pieces("Q5_K", raw, 256)] == [64, 64, 22]
     assert torch.equal(numbers_of("Q5_K", raw, 256, torch.bfloat16), whole)
 
@@ -182,11 +186,12 @@ def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPat
 def test_a_scale_that_is_no_number_becomes_the_next_power_of_two() -> None:
     raw = raw_of("MXFP4")
     raw[0] = 255
-    codes = unpack("MXFP4", raw, COLUMNS)
+    codes = unpack("MXFP4", raw.numpy(), COLUMNS)
     assert codes.scales[0, 0] == 2.0**127
-    assert torch.equal(codes.scales[0, 1:], unpack("MXFP4", raw_of("MXFP4"), COLUMNS).scales[0, 1:])
+    before = unpack("MXFP4", raw_of("MXFP4").numpy(), COLUMNS)
+    assert torch.equal(codes.scales[0, 1:], before.scales[0, 1:])
     matrix = Matrix("m", (ROWS, COLUMNS), FORMS["MXFP4"])
     layout = lay_out(parts_of(matrix), [matrix])
     flat = torch.zeros(layout.size_bytes, dtype=torch.uint8)
-    encode(codes, matrix, views(flat, layout))
+    encode(codes, matrix, memories(flat.numpy(), layout))
     assert torch.equal(held(matrix, views(flat, layout)).scales, codes.scales)

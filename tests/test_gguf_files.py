@@ -151,7 +151,7 @@ def test_a_whole_file_is_read_exactly(tmp_path: Path) -> None:
     }
     for name, tensor in (("a", A), ("b", B)):
         buffer = bytearray(len(tensor.content) - 5)
-        files.read_into(name, 5, memoryview(buffer))
+        files.read([(name, 5, memoryview(buffer))])
         assert bytes(buffer) == tensor.content[5:]
     files.close()
 
@@ -226,7 +226,7 @@ def test_no_damage_escapes_a_named_error(
         files = GgufFiles(path)
     if files is not None:
         for name, entry in files.tensors.items():
-            files.read_into(name, 0, memoryview(bytearray(entry.size_bytes)))
+            files.read([(name, 0, memoryview(bytearray(entry.size_bytes)))])
         files.close()
 
 
@@ -239,7 +239,7 @@ def test_a_split_model_is_found_from_any_part_or_its_folder(tmp_path: Path) -> N
         assert {name: entry.file for name, entry in files.tensors.items()} == {"a": 1, "b": 2}
         assert files.metadata["general.architecture"] == "qwen3moe"
         buffer = bytearray(len(B.content))
-        files.read_into("b", 0, memoryview(buffer))
+        files.read([("b", 0, memoryview(buffer))])
         assert bytes(buffer) == B.content
         files.close()
     parts[1].unlink()
@@ -311,5 +311,5 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_no_crash(tmp_path: Path)
     files = opened(tmp_path, WHOLE)
     (tmp_path / "a.gguf").write_bytes(WHOLE[:-100])
     with pytest.raises(ModelFilesError, match="inside tensor 'b'"):
-        files.read_into("b", 0, memoryview(bytearray(len(B.content))))
+        files.read([("b", 0, memoryview(bytearray(len(B.content))))])
     files.close()

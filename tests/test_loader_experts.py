@@ -48,13 +48,13 @@ def far(found: Tensor, reference: Tensor) -> float:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tensors that are read, one entry per read."""
     names: list[str] = []
-    plain = SafetensorsFiles.read_into
+    plain = SafetensorsFiles.read
 
-    def counting(files: Any, name: str, *rest: Any) -> None:
-        names.append(name)
-        plain(files, name, *rest)
+    def counting(files: Any, wanted: Any) -> None:
+        names.extend(name for name, _, _ in wanted)
+        plain(files, wanted)
 
-    monkeypatch.setattr(SafetensorsFiles, "read_into", counting)
+    monkeypatch.setattr(SafetensorsFiles, "read", counting)
     return names
 
 

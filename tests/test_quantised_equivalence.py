@@ -6,7 +6,7 @@ ones both run, under policies that compute on the emulated card and on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +51,8 @@ class NoFiles:
     tensors: Mapping[str, Any] = MappingProxyType({})
     cached = True
 
-    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
-        raise AssertionError(name)
+    def read(self, reads: Sequence[tuple[str, int, memoryview]]) -> None:
+        raise AssertionError(reads)
 
     def read_past_cache(self, on: bool) -> None:
         """There is no cache."""

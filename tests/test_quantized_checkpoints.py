@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from runtime import quantized_tensors
+from runtime import weight_forms
 from runtime.adapter import find_moe_layers
 from runtime.adapter_config import build_skeleton, read_config, read_quantisation
 from runtime.adapter_recipes import sort_checkpoint
@@ -130,8 +131,8 @@ def test_a_matrix_means_what_its_format_says(
     assert tensor.shape == (outputs, inputs)
     raw = []
     for source, first, size in tensor.inputs():
-        raw.append(torch.empty(size, dtype=torch.uint8))
-        files.read_into(source, first, bytes_in(raw[-1]))
+        raw.append(np.empty(size, np.uint8))
+        files.read([(source, first, bytes_in(raw[-1]))])
     files.close()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(tensor.dequantised(raw, dtype), meaning.to(dtype))
@@ -162,8 +163,8 @@ def test_layers_of_one_file_may_follow_different_schemes(tmp_path: Path) -> None
         assert isinstance(tensor, QuantisedTensor)
         raw = []
         for source, first, size in tensor.inputs():
-            raw.append(torch.empty(size, dtype=torch.uint8))
-            files.read_into(source, first, bytes_in(raw[-1]))
+            raw.append(np.empty(size, np.uint8))
+            files.read([(source, first, bytes_in(raw[-1]))])
         assert torch.equal(tensor.dequantised(raw, torch.float32), meaning.float())
     files.close()
 
@@ -316,13 +317,13 @@ def test_any_expert_can_be_read_again_alone(tmp_path: Path) -> None:
     source = RecipeSource(files, checkpoint.sources)
     expert = ExpertId(1, 5)
     again = torch.empty(checkpoint.sources[1].format.size_bytes, dtype=torch.uint8)
-    read_into = files.read_into
+    read = files.read
 
-    def noting(name: str, begin: int, buffer: memoryview) -> None:
-        reads.append((name, len(buffer)))
-        read_into(name, begin, buffer)
+    def noting(wanted: Sequence[tuple[str, int, memoryview]]) -> None:
+        reads.extend((name, len(buffer)) for name, _, buffer in wanted)
+        read(wanted)
 
-    files.read_into = noting  # type: ignore[method-assign]
+    files.read = noting  # type: ignore[method-assign]
     source.read(expert, bytes_in(again))
     kept = views(loaded.store.bytes_of(expert), loaded.layers[1].format)
     for name, part in views(again, loaded.layers[1].format).items():
@@ -455,6 +456,6 @@ def test_large_dense_matrices_are_dequantised_in_pieces(
 ) -> None:
     write_quantised(FILE_FORMATS[name], tmp_path)
     whole = dict(load(tmp_path).model.named_parameters())
-    monkeypatch.setattr(quantized_tensors, "_DEQUANTISE_ITEMS", 500)
+    monkeypatch.setattr(weight_forms, "_DEQUANTISE_ITEMS", 500)
     for parameter, weight in load(tmp_path).model.named_parameters():
         assert torch.equal(weight, whole[parameter]), parameter

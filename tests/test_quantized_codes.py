@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime import quantized_codes
 from runtime.formats import Form, Matrix, lay_out
 from runtime.kernels import views
-from runtime.weight_forms import Codes, encode, held, parts_of
+from runtime.weight_forms import Codes, encode, held, memories, parts_of
 from tests.unpacking_reference import four_bits
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -29,6 +31,11 @@ def some_scales(*shape: int) -> Tensor:
     return scales
 
 
+def wide_of(scales: Tensor) -> NDArray[np.float32]:
+    wide: NDArray[np.float32] = scales.float().numpy()
+    return wide
+
+
 def below(pieces: list[Codes]) -> tuple[Tensor, Tensor, Tensor | None]:
     zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
     numbers, scales = ([getattr(piece, name) for piece in pieces] for name in ("numbers", "scales"))
@@ -41,21 +48,19 @@ def held_again(form: Form, shape: tuple[int, int], pieces: list[Codes]) -> Codes
     flat = torch.full((layout.size_bytes,), 0xA5, dtype=torch.uint8)
     first = 0
     for codes in pieces:
-        encode(codes, matrix, views(flat, layout), first)
-        first += len(codes.codes)
+        encode(codes, matrix, memories(flat.numpy(), layout), first)
+        first += codes.rows
     return held(matrix, views(flat, layout))
 
 
-@pytest.mark.parametrize("step", [2**19, 1])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_awq(size: tuple[int, int, int], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_codes, "_PIECE_NUMBERS", step)
+def test_awq(size: tuple[int, int, int]) -> None:
     outputs, inputs, group = size
     groups = inputs // group if group else 1
     form = Form("int4", 1, group, zeros=True)
     qweight, qzeros = words(inputs, outputs // 8), words(groups, outputs // 8, seed=1)
     scales = some_scales(groups, outputs)
-    pieces = list(quantized_codes.awq(form, qweight, scales, qzeros))
+    pieces = list(quantized_codes.awq(form, qweight.numpy(), wide_of(scales), qzeros.numpy()))
     numbers, wide, zeros = below(pieces)
     assert torch.equal(numbers, four_bits(qweight, AWQ_PLACES).t())
     assert torch.equal(wide, scales.t().float())
@@ -77,7 +82,9 @@ def test_gptq(size: tuple[int, int, int], less_one: bool) -> None:
     form = Form("int4", 1, group, zeros=True)
     qweight, qzeros = words(inputs // 8, outputs), words(groups, outputs // 8, seed=1)
     scales = some_scales(groups, outputs)
-    unpacked, symmetric = quantized_codes.gptq(form, qweight, scales, qzeros, less_one)
+    unpacked, symmetric = quantized_codes.gptq(
+        form, qweight.numpy(), wide_of(scales), qzeros.numpy(), less_one
+    )
     pieces = list(unpacked)
     numbers, wide, zeros = below(pieces)
     assert not symmetric
@@ -95,8 +102,12 @@ def test_gptq_without_zeros_says_so(less_one: bool) -> None:
     form = Form("int4", 1, 32)
     qzeros = torch.full((2, 4), 0x77777777 if less_one else -0x77777778, dtype=torch.int32)
     scales, qweight = some_scales(2, 32), words(8, 32)
-    (codes,), symmetric = quantized_codes.gptq(form, qweight, scales, qzeros, less_one)
+    (codes,), symmetric = quantized_codes.gptq(
+        form, qweight.numpy(), wide_of(scales), qzeros.numpy(), less_one
+    )
     assert symmetric
     assert codes.zeros is None
     qzeros[1, 3] ^= 1 << 28
-    assert not quantized_codes.gptq(form, qweight, scales, qzeros, less_one)[1]
+    assert not quantized_codes.gptq(
+        form, qweight.numpy(), wide_of(scales), qzeros.numpy(), less_one
+    )[1]

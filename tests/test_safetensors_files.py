@@ -123,10 +123,10 @@ def test_bytes_arrive_as_another_library_wrote_them(
         entry = files.tensors[name]
         assert (entry.shape, entry.dtype) == (tuple(tensor.shape), str(tensor.dtype)[6:])
         raw = bytearray(entry.size_bytes)
-        files.read_into(name, 0, memoryview(raw))
+        files.read([(name, 0, memoryview(raw))])
         assert raw == tensor.numpy().tobytes()
         part = bytearray(8)
-        files.read_into(name, 16, memoryview(part))
+        files.read([(name, 16, memoryview(part))])
         assert part == raw[16:24]
     files.close()
     files.close()
@@ -145,7 +145,7 @@ def test_shards_are_one_table(tmp_path: Path) -> None:
     files = SafetensorsFiles(folder)
     assert files.tensors.keys() == {"a", "b"}
     raw = bytearray(16)
-    files.read_into("b", 0, memoryview(raw))
+    files.read([("b", 0, memoryview(raw))])
     assert raw == torch.ones(4).numpy().tobytes()
     files.close()
 
@@ -336,10 +336,10 @@ def test_a_file_that_shrinks_while_open_is_an_error_not_a_crash(
     files = SafetensorsFiles(tmp_path)
     fault(tmp_path / SINGLE_NAME)
     with pytest.raises(ModelFilesError, match=r"ends at byte \d+, inside tensor 'a'"):
-        files.read_into("a", 0, memoryview(bytearray(4000)))
+        files.read([("a", 0, memoryview(bytearray(4000)))])
     files.close()
     with pytest.raises(ModelFilesError, match="failed"):
-        files.read_into("a", 0, memoryview(bytearray(4000)))
+        files.read([("a", 0, memoryview(bytearray(4000)))])
 
 
 def overwritten(path: Path) -> None:
@@ -361,10 +361,10 @@ def test_a_file_that_changes_while_open_is_not_read_on(
     save_file({"a": torch.ones(1000)}, tmp_path / SINGLE_NAME)
     files = SafetensorsFiles(tmp_path)
     files.read_past_cache(past_cache)
-    files.read_into("a", 0, memoryview(bytearray(4000)))
+    files.read([("a", 0, memoryview(bytearray(4000)))])
     fault(tmp_path / SINGLE_NAME)
     with pytest.raises(ModelFilesError, match="changed while the model is loaded"):
-        files.read_into("a", 0, memoryview(bytearray(4000)))
+        files.read([("a", 0, memoryview(bytearray(4000)))])
     files.close()
 
 
@@ -386,7 +386,7 @@ def test_asking_twice_for_reads_past_the_cache_leaves_nothing_open(tmp_path: Pat
     first = still_open()
     for on in (True, False, True, True):
         files.read_past_cache(on)
-    files.read_into("a", 0, memoryview(bytearray(4000)))
+    files.read([("a", 0, memoryview(bytearray(4000)))])
     assert still_open() == first
     files.close()
     assert still_open() == 0
@@ -403,7 +403,7 @@ def test_a_file_that_is_deleted_or_replaced_while_open_is_read_as_it_was(tmp_pat
             save_file({"a": torch.zeros(1000)}, tmp_path / "other.safetensors")
             (tmp_path / "other.safetensors").replace(tmp_path / SINGLE_NAME)
         raw = bytearray(4000)
-        files.read_into("a", 0, memoryview(raw))
+        files.read([("a", 0, memoryview(raw))])
         assert raw == torch.ones(1000).numpy().tobytes()
         files.close()
 

@@ -8,9 +8,19 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from runtime.formats import Form, Matrix, ScaleDtype, lay_out
 from runtime.kernels import ExpertMath, views
 from runtime.kernels_quantised import multiply
-from runtime.weight_forms import MXFP4_VALUES, Codes, dequantise, form_for, held
+from runtime.weight_forms import (
+    MXFP4_VALUES,
+    Codes,
+    dequantise,
+    encode,
+    form_for,
+    held,
+    memories,
+    parts_of,
+)
 from tests.weight_codes import FORMS, laid_out, random_codes
 
 SHAPES = [(16, 32), (64, 128), (80, 96), (256, 64), (48, 320)]
@@ -28,6 +38,45 @@ def test_codes_come_back_as_they_were_written(name: str, shape: tuple[int, int])
     assert (back.zeros is None) == (codes.zeros is None)
     if codes.zeros is not None and back.zeros is not None:
         assert torch.equal(back.zeros, codes.zeros)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scales_of_any_bits_are_rounded_as_torch_rounds(
+    dtype: ScaleDtype, turned: bool, zeros: bool
+) -> None:
+    """In pieces, as files give them: rows first, or groups first and turned round."""
+    form = Form("int4", 1, 32, zeros, dtype)
+    rows, groups = 208, 33
+    generator = torch.Generator().manual_seed(groups)
+
+    def any_bits() -> torch.Tensor:
+        bits = torch.randint(-(2**31), 2**31, (groups, rows), generator=generator)
+        numbers = bits.to(torch.int32).view(torch.float32)
+        numbers[0, :5] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+        return numbers.t() if turned else numbers.t().contiguous()
+
+    numbers = torch.zeros((rows, 32 * groups), dtype=torch.uint8)
+    codes = Codes(form, numbers, any_bits(), any_bits() if zeros else None)
+    matrix = Matrix("w", (rows, 32 * groups), form)
+    layout = lay_out(parts_of(matrix), [matrix])
+    flat = torch.full((layout.size_bytes,), 0xA5, dtype=torch.uint8)
+    for begin, end in ((0, 64), (64, 192), (192, rows)):
+        some = slice(begin, end)
+        piece = Codes(form, numbers[some], codes.scales[some])
+        if codes.zeros is not None:
+            piece = replace(piece, zeros=codes.zeros[some])
+        encode(piece, matrix, memories(flat.numpy(), layout), begin)
+    back = held(matrix, views(flat, layout))
+    for written, read in ((codes.scales, back.scales), (codes.zeros, back.zeros)):
+        if written is None or read is None:
+            assert written is read
+            continue
+        rounded = written.to(getattr(torch, dtype)).float()
+        assert torch.equal(rounded.isnan(), read.isnan())
+        same = rounded.contiguous().view(torch.int32) == read.contiguous().view(torch.int32)
+        assert (same | read.isnan()).all()
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from runtime.weight_packing import pack_into, unpack
+from runtime.weight_packing import pack_eights, pack_into, unpack
 
 ROWS = (16, 32, 48, 64, 96, 112, 128, 160, 208)
 
@@ -23,7 +24,7 @@ def pack(
     numbers: Tensor, shape: tuple[int, int], apart: int, planes: int = 1, signed: bool = False
 ) -> list[Tensor]:
     packed = [torch.zeros((shape[0], shape[1] // 2), dtype=torch.uint8) for _ in range(planes)]
-    pack_into(numbers, packed, apart, signed)
+    pack_into(numbers.numpy(), [plane.view(-1).numpy() for plane in packed], apart, signed)
     return packed
 
 
@@ -79,6 +80,29 @@ def test_eight_bits_are_packed_into_two_planes(rows: int, columns: int) -> None:
     assert torch.equal(pack(numbers.flatten(1), shape, 0, 2, signed=True)[1], high)
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_words_of_eight_rows_are_packed_as_awq_has_them(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator)
+    words = torch.zeros((rows // 8, columns), dtype=torch.int64)
+    for row, place in enumerate((0, 4, 1, 5, 2, 6, 3, 7)):
+        words |= codes[row::8] << (4 * place)
+    packed = torch.zeros((rows, columns // 2), dtype=torch.uint8)
+    pack_eights(words.to(torch.int32).numpy(), packed.view(-1).numpy())
+    assert torch.equal(packed, torchs(codes))
+
+
+def test_what_does_not_fit_its_place_is_refused() -> None:
+    words = np.zeros((2, 32), np.int32)
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_eights(words, np.zeros(16 * 16 - 1, np.uint8))
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_into(np.zeros((16, 16), np.uint8), [np.zeros(16 * 16 + 1, np.uint8)], 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_into(np.zeros((24, 16), np.uint8), [np.zeros(24 * 16, np.uint8)], 1)
+
+
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_packing_of_other_cpus_is_learnt_as_well(capability: str) -> None:
     code = (
@@ -88,6 +112,7 @@ def test_packing_of_other_cpus_is_learnt_as_well(capability: str) -> None:
         f"    test_packing_is_torchs_and_comes_back(rows, columns)\n"
         f"    test_numbers_are_packed_as_they_lie_in_files(rows, columns)\n"
         f"    test_eight_bits_are_packed_into_two_planes(rows, columns)\n"
+        f"    test_words_of_eight_rows_are_packed_as_awq_has_them(rows, columns)\n"
     )
     subprocess.run(
         [sys.executable, "-c", code],

@@ -6,7 +6,7 @@ import torch
 
 from runtime.formats import ExpertFormat, Form, Matrix, lay_out
 from runtime.kernels import views
-from runtime.weight_forms import Codes, encode, parts_of
+from runtime.weight_forms import Codes, encode, memories, parts_of
 
 FORMS = {
     "int8 rows": Form("int8"),
@@ -53,9 +53,9 @@ def laid_out(
         tensors.append((name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
     layout = lay_out(tensors, matrices)
     flat = torch.full((layout.size_bytes,), 0xA5, dtype=torch.uint8)
-    parts = views(flat, layout)
+    parts, places = views(flat, layout), memories(flat.numpy(), layout)
     for matrix in matrices:
-        encode(codes[matrix.name], matrix, parts)
+        encode(codes[matrix.name], matrix, places)
     for name, tensor in plain.items():
         parts[name].copy_(tensor)
     return layout, flat

@@ -20,7 +20,7 @@ from runtime.kernels import views
 from runtime.layer_rows import RoutedTokens, open_rows
 from runtime.loader import LoadedModel
 from runtime.quantize import form_of, quantise
-from runtime.weight_forms import encode, parts_of
+from runtime.weight_forms import encode, memories, parts_of
 
 CHATS_USED = 78
 QUANTISED: dict[str, FormKind] = {"int8": "int8", "int4": "int4"}
@@ -115,13 +115,13 @@ def _held(opened: LoadedModel, layer: MoeLayer, kind: FormKind | None) -> _Held:
     layout = lay_out(tensors, matrices)
     slab = torch.zeros((layer.experts, layout.size_bytes), dtype=torch.uint8)
     experts = tuple(views(flat, layout) for flat in slab)
-    for source, target in zip(plain, experts, strict=True):
+    for source, target, flat in zip(plain, experts, slab, strict=True):
         for name, tensor in source.items():
             if name not in forms:
                 target[name].copy_(tensor)
         for matrix in matrices:
             weight = source[matrix.name].t() if transposed else source[matrix.name]
-            encode(quantise(weight, matrix.form), matrix, target)
+            encode(quantise(weight, matrix.form), matrix, memories(flat.numpy(), layout))
     return _Held(layout, experts)
 
 
