@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from runtime.core import ExpertId, LoadProgress
 from runtime.errors import CancelledError
 
-LOAD_READERS = 4
+LOAD_READERS = min(4, max(2, os.cpu_count() or 2))
+"""More than there are cores would only take turns at unpacking; more than four gain no disk."""
 _LOOK_S = 0.05
 """How often a person who cancels is looked for."""
 _STEPS = 400

@@ -1,8 +1,9 @@
 """`bench load`: loading beside a plain read of the same bytes, peak memory beside the plan.
 
 For every kind of file: the experts of each are random and lie in it as its own tools write them.
-The page cache is hot and everything happens in one fresh process, in turns, all of it into memory
-that has been touched before: what the system asks for new pages depends on who gave them back.
+Everything happens in one fresh process, in turns, all of it into memory that has been touched
+before: what the system asks for new pages depends on who gave them back. Files are read from a hot
+page cache, and from the disk past it as those of models of more than a gigabyte are.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.core import ExpertsWish, LoadProgress
+from runtime.disk_direct import BOUNCE_BYTES, DirectFile
+from runtime.store_loading import LOAD_READERS
 
-ROUNDS = 7
+if TYPE_CHECKING:
+    from runtime.bench.load_files import Size
+
+ROUNDS, DISK_ROUNDS = 7, 3
 PIECE_BYTES = 2**25
 CANCEL_AT = 0.3
 
@@ -59,17 +66,18 @@ CASES = (
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Write a model in each format, load it a few times, and set the figures in line."""
-    from runtime.bench.load_files import EXPERTS, LAYERS
+    from runtime.bench.load_files import Size
 
+    size = Size(layers=options.layers) if options.layers else Size()
     cases = []
     for case in CASES:
         say(f"{case.name}\n")
-        cases += measure([case], ROUNDS, options.layers or LAYERS, EXPERTS)
+        cases += measure([case], ROUNDS, size)
     return {"rounds": ROUNDS, "cases": cases}
 
 
 def measure(
-    cases: Sequence[Case], rounds: int, layers: int, experts: int, setup: str = ""
+    cases: Sequence[Case], rounds: int, size: Size, setup: str = ""
 ) -> list[dict[str, Any]]:
     """Load a model of each case in one process of its own; times are ratios of the shortest ones.
 
@@ -82,10 +90,10 @@ def measure(
         for number, case in enumerate(cases):
             paths = []
             # The first one warms up what a process does once.
-            for name, size in (("small", (1, 4)), ("whole", (layers, experts))):
+            for name, of_size in (("small", replace(size, layers=1, experts=4)), ("whole", size)):
                 place = Path(folder) / f"{number}-{name}"
                 place.mkdir()
-                paths.append(str(write_model(place, case.stored, *size)))
+                paths.append(str(write_model(place, case.stored, of_size)))
             tasks.append([asdict(case), *paths, str(Path(folder) / f"{number}-kept"), rounds])
         code = f"{setup}\nfrom runtime.bench.load import child; child()"
         ran = subprocess.run(
@@ -102,19 +110,22 @@ def measure(
 def tell(result: dict[str, Any]) -> str:
     """Put the result into words."""
     lines = [
-        f"From a hot page cache, shortest of {result['rounds']} turns:",
-        f"{'':24}{'file':>8}{'time':>7}{'CPU':>7}{'peak':>7}{'bare':>7}{'cancelled':>11}{'left':>9}",
+        f"Shortest of {result['rounds']} turns from a hot page cache, {DISK_ROUNDS} from the disk:",
+        f"{'':24}{'file':>8}{'time':>7}{'CPU':>7}{'disk':>7}{'peak':>7}{'bare':>7}"
+        f"{'cancelled':>11}{'left':>9}",
     ]
     for case in result["cases"]:
         lines.append(
             f"{case['name']:24}{case['read_bytes'] / 1e6:5.0f} MB{case['experts_to_read']:7.2f}"
-            f"{case['cpu_to_read']:7.2f}{case['peak_to_plan']:7.3f}{case['peak_to_weights']:7.3f}"
+            f"{case['cpu_to_read']:7.2f}{case['experts_to_disk_read']:7.2f}"
+            f"{case['peak_to_plan']:7.3f}{case['peak_to_weights']:7.3f}"
             f"{case['cancel_s']:9.2f} s{case['left_bytes'] / 1e6:+6.0f} MB"
         )
     lines += [
         "time, CPU: reading the experts over one thread's plain read of the same bytes, by the",
-        "clock and by what all its threads compute; peak: the most memory of the whole load over",
-        "the plan; bare: over the weights alone, without what the plan gives to those who read;",
+        "clock and by what all its threads compute; disk: the same from the disk, past the cache,",
+        f"over what {LOAD_READERS} threads need to read all files; peak: the most memory of a load",
+        "over the plan; bare: over the weights alone, without what the plan gives to readers;",
         "left: what a cancelled load leaves behind.",
     ]
     return "\n".join(lines) + "\n"
@@ -130,6 +141,7 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
     import psutil
     import torch
 
+    from runtime import store
     from runtime.device_host_memory import host_memory
     from runtime.errors import CancelledError
     from runtime.loader import load_model
@@ -204,16 +216,25 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
         return result
     arena = host_memory(max(read_bytes, store_bytes))
     arena.fill_(1)
-    reads, loads, cpu = [], [], []
-    for _ in range(rounds):
-        reads.append(_plain_read_s(files, bytes_in(arena)))
-        stamps: list[tuple[float, float]] = []
-        load(progress=partial(_stamp_experts, stamps), allocate=_Arena(arena).block).store.close()
-        loads.append(stamps[-1][0] - stamps[0][0])
-        cpu.append(stamps[-1][1] - stamps[0][1])
+
+    def turns(count: int, read: Callable[[], float]) -> tuple[float, float, float]:
+        """Return the shortest times of reading, of loading experts, and of computing meanwhile."""
+        reads, loads, cpu = [], [], []
+        for _ in range(count):
+            reads.append(read())
+            told: list[tuple[float, float]] = []
+            load(progress=partial(_stamp_experts, told), allocate=_Arena(arena).block).store.close()
+            loads.append(told[-1][0] - told[0][0])
+            cpu.append(told[-1][1] - told[0][1])
+        return min(reads), min(loads), min(cpu)
+
+    hot_s, loads_s, cpu_s = turns(rounds, lambda: _plain_read_s(files, bytes_in(arena)))
     # Kept experts lie in a file of their own; others beside the dense weights.
-    read_s = min(reads) * (1.0 if case.kept else 1 - dense_bytes / read_bytes)
-    return {**result, "experts_to_read": min(loads) / read_s, "cpu_to_read": min(cpu) / read_s}
+    share = 1.0 if case.kept else 1 - dense_bytes / read_bytes
+    result |= {"experts_to_read": loads_s / hot_s / share, "cpu_to_read": cpu_s / hot_s / share}
+    store.DIRECT_FROM_BYTES = 0
+    disk_s, from_disk_s, _ = turns(min(rounds, DISK_ROUNDS), lambda: _disk_read_s(files))
+    return {**result, "experts_to_disk_read": from_disk_s / disk_s / share}
 
 
 class _Arena:
@@ -257,6 +278,32 @@ def _plain_read_s(files: list[Path], into: memoryview) -> float:
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(into[done : done + PIECE_BYTES]):
                 done += count
+    return time.perf_counter() - began_s
+
+
+def _disk_read_s(files: list[Path]) -> float:
+    """Return how long as many readers as a load has need for all files, past the page cache.
+
+    Nothing is left of the files in the page cache.
+    """
+    began_s = time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(LOAD_READERS) as readers:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            direct = DirectFile(file.fileno())
+            begins = range(0, path.stat().st_size, BOUNCE_BYTES)
+            into = threading.local()
+
+            def read(begin: int, direct: DirectFile = direct, into: Any = into) -> None:
+                if not hasattr(into, "buffer"):
+                    into.buffer = memoryview(bytearray(BOUNCE_BYTES))
+                direct.read_at([into.buffer], begin)
+
+            for _ in readers.map(read, begins):
+                pass
+            direct.close()
     return time.perf_counter() - began_s
 
 

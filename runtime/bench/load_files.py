@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from runtime.gguf_types import TYPES
 
-LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 4, 64, 1024, 512, 4
-HEAD_DIM, VOCABULARY = 128, 256
+TOP_K, HEAD_DIM, VOCABULARY = 4, 128, 256
 _GROUP = 128
 _ALIGNMENT_BYTES = 32
 _HALF = 0x2C00
@@ -53,26 +53,42 @@ _CONFIGS: dict[str, dict[str, Any] | None] = {
 STORED = (*_CONFIGS, *_HALVES)
 
 
-def write_model(folder: Path, stored: str, layers: int = LAYERS, experts: int = EXPERTS) -> Path:
+@dataclass(frozen=True)
+class Size:
+    """Layers, experts in each, and the widths of an expert's matrices."""
+
+    layers: int = 4
+    experts: int = 32
+    hidden: int = 2048
+    inner: int = 768
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The matrices of an expert, (outputs, inputs)."""
+        up = (self.inner, self.hidden)
+        return {"gate": up, "up": up, "down": (self.hidden, self.inner)}
+
+
+def write_model(folder: Path, stored: str, size: Size) -> Path:
     """Write a Qwen3 MoE whose experts are kept as `stored`, one of `STORED`; return where it is."""
     generator = torch.Generator().manual_seed(0)
     if stored in _HALVES:
         path = folder / f"model-{stored}.gguf"
-        _write_gguf(path, stored, layers, experts, generator)
+        _write_gguf(path, stored, size, generator)
         return path
-    config = _config(layers, experts)
+    config = _config(size)
     if _CONFIGS[stored] is not None:
         config["quantization_config"] = _CONFIGS[stored]
     (folder / "config.json").write_text(json.dumps(config))
     weight_map: dict[str, str] = {}
-    for number in range(layers + 1):
-        name = f"model-{number + 1:05}-of-{layers + 1:05}.safetensors"
+    shards = size.layers + 1
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         tensors = {
-            f"model.{theirs}": tensor
-            for _, theirs, tensor in _dense(number - 1, experts, generator)
+            f"model.{theirs}": tensor for _, theirs, tensor in _dense(number - 1, size, generator)
         }
-        for expert in range(experts if number else 0):
-            for matrix, (rows, columns) in _SHAPES.items():
+        for expert in range(size.experts if number else 0):
+            for matrix, (rows, columns) in size.shapes.items():
                 stem = f"model.layers.{number - 1}.mlp.experts.{expert}.{matrix}_proj."
                 for suffix, tensor in _PACKED[stored](rows, columns, generator).items():
                     tensors[stem + suffix] = tensor
@@ -83,21 +99,18 @@ def write_model(folder: Path, stored: str, layers: int = LAYERS, experts: int = 
     return folder
 
 
-_SHAPES = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
-
-
-def _config(layers: int, experts: int) -> dict[str, Any]:
+def _config(size: Size) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "torch_dtype": "bfloat16",
-        "num_hidden_layers": layers,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "moe_intermediate_size": INNER,
-        "num_experts": experts,
+        "num_hidden_layers": size.layers,
+        "hidden_size": size.hidden,
+        "intermediate_size": 2 * size.hidden,
+        "moe_intermediate_size": size.inner,
+        "num_experts": size.experts,
         "num_experts_per_tok": TOP_K,
-        "num_attention_heads": HIDDEN // HEAD_DIM,
+        "num_attention_heads": size.hidden // HEAD_DIM,
         "num_key_value_heads": 2,
         "head_dim": HEAD_DIM,
         "vocab_size": VOCABULARY,
@@ -108,27 +121,26 @@ def _config(layers: int, experts: int) -> dict[str, Any]:
     }
 
 
-def _dense(
-    layer: int, experts: int, generator: torch.Generator
-) -> Iterator[tuple[str, str, Tensor]]:
+def _dense(layer: int, size: Size, generator: torch.Generator) -> Iterator[tuple[str, str, Tensor]]:
     """Yield what belongs to a layer, or to none (-1): GGUF's name, the hub's, and the weights."""
+    hidden = size.hidden
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd": ("embed_tokens", (VOCABULARY, HIDDEN)),
-        "output_norm": ("norm", (HIDDEN,)),
+        "token_embd": ("embed_tokens", (VOCABULARY, hidden)),
+        "output_norm": ("norm", (hidden,)),
     }
     ours, theirs = "", ""
     if layer >= 0:
         ours, theirs = f"blk.{layer}.", f"layers.{layer}."
         shapes = {
-            "attn_q": ("self_attn.q_proj", (HIDDEN, HIDDEN)),
-            "attn_k": ("self_attn.k_proj", (2 * HEAD_DIM, HIDDEN)),
-            "attn_v": ("self_attn.v_proj", (2 * HEAD_DIM, HIDDEN)),
-            "attn_output": ("self_attn.o_proj", (HIDDEN, HIDDEN)),
+            "attn_q": ("self_attn.q_proj", (hidden, hidden)),
+            "attn_k": ("self_attn.k_proj", (2 * HEAD_DIM, hidden)),
+            "attn_v": ("self_attn.v_proj", (2 * HEAD_DIM, hidden)),
+            "attn_output": ("self_attn.o_proj", (hidden, hidden)),
             "attn_q_norm": ("self_attn.q_norm", (HEAD_DIM,)),
             "attn_k_norm": ("self_attn.k_norm", (HEAD_DIM,)),
-            "attn_norm": ("input_layernorm", (HIDDEN,)),
-            "ffn_norm": ("post_attention_layernorm", (HIDDEN,)),
-            "ffn_gate_inp": ("mlp.gate", (experts, HIDDEN)),
+            "attn_norm": ("input_layernorm", (hidden,)),
+            "ffn_norm": ("post_attention_layernorm", (hidden,)),
+            "ffn_gate_inp": ("mlp.gate", (size.experts, hidden)),
         }
     for gguf, (hub, shape) in shapes.items():
         yield f"{ours}{gguf}.weight", f"{theirs}{hub}.weight", _normal(generator, *shape)
@@ -194,33 +206,31 @@ _PACKED: dict[str, Callable[[int, int, torch.Generator], dict[str, Tensor]]] = {
 }
 
 
-def _write_gguf(
-    path: Path, kind: str, layers: int, experts: int, generator: torch.Generator
-) -> None:
+def _write_gguf(path: Path, kind: str, size: Size, generator: torch.Generator) -> None:
     told: dict[str, int | float | str] = {
         "general.architecture": "qwen3moe",
         "qwen3moe.context_length": 256,
-        "qwen3moe.embedding_length": HIDDEN,
-        "qwen3moe.block_count": layers,
-        "qwen3moe.attention.head_count": HIDDEN // HEAD_DIM,
+        "qwen3moe.embedding_length": size.hidden,
+        "qwen3moe.block_count": size.layers,
+        "qwen3moe.attention.head_count": size.hidden // HEAD_DIM,
         "qwen3moe.attention.head_count_kv": 2,
         "qwen3moe.attention.key_length": HEAD_DIM,
         "qwen3moe.attention.layer_norm_rms_epsilon": 1e-6,
-        "qwen3moe.expert_count": experts,
+        "qwen3moe.expert_count": size.experts,
         "qwen3moe.expert_used_count": TOP_K,
-        "qwen3moe.expert_feed_forward_length": INNER,
+        "qwen3moe.expert_feed_forward_length": size.inner,
     }
     numbers = {name: number for number, (name, _, _) in TYPES.items()}
     _, per_block, block_bytes = TYPES[numbers[kind]]
-    dense = [each for layer in range(-1, layers) for each in _dense(layer, experts, generator)]
+    dense = [each for layer in range(-1, size.layers) for each in _dense(layer, size, generator)]
     tensors: list[tuple[str, str, tuple[int, ...], Tensor | None]] = [
         (name, "BF16" if weight.dim() > 1 else "F32", tuple(weight.shape), weight)
         for name, _, weight in dense
     ]
     tensors += [
-        (f"blk.{layer}.ffn_{matrix}_exps.weight", kind, (experts, *shape), None)
-        for layer in range(layers)
-        for matrix, shape in _SHAPES.items()
+        (f"blk.{layer}.ffn_{matrix}_exps.weight", kind, (size.experts, *shape), None)
+        for layer in range(size.layers)
+        for matrix, shape in size.shapes.items()
     ]
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(told))
     for key, value in told.items():
