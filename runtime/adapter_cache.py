@@ -22,19 +22,18 @@ _BRING_THEIR_OWN = {"minimax"}
 
 log = logging.getLogger("prescope.adapter")
 
-ROOM_TOKENS = 32
-"""So many tokens are appended in place before keys and values move to a larger place."""
-
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values, (batch, heads, tokens, width) each, in a place with room.
 
     transformers' own layer makes a new tensor for every token: in a long conversation that moves
-    more memory than the attention reads. Here `keys` and `values` are views of larger tensors.
+    more memory than the attention reads. Here `keys` and `values` are views of tensors that have
+    room for `expected_tokens`, where those are more.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.expected_tokens = 0
         self._places: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def update(
@@ -45,8 +44,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        keys, self.keys = _appended(self._places[0], self.keys, key_states)
-        values, self.values = _appended(self._places[1], self.values, value_states)
+        expected = self.expected_tokens
+        keys, self.keys = _appended(self._places[0], self.keys, key_states, expected)
+        values, self.values = _appended(self._places[1], self.values, value_states, expected)
         self._places = keys, values
         return self.keys, self.values
 
@@ -70,7 +70,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().reset()
 
 
-def _appended(place: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def _appended(
+    place: Tensor | None, held: Tensor, new: Tensor, expected_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Return the place that has `held` and then `new`, and the view of both.
 
     What is held may have been cut or replaced since: unless it is how `place` begins, and room for
@@ -85,7 +87,8 @@ def _appended(place: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, 
         and place.shape[:-2] == new.shape[:-2]
         and place.shape[-2] >= together
     ):
-        place = new.new_empty((*new.shape[:-2], together + ROOM_TOKENS, new.shape[-1]))
+        tokens = max(together, expected_tokens)
+        place = new.new_empty((*new.shape[:-2], tokens, new.shape[-1]))
         if length:
             place[..., :length, :] = held
     place[..., length:together, :] = new
@@ -121,6 +124,13 @@ class KvCache:
         for layer in self.past.layers:
             if layer.is_initialized:
                 layer.cut(tokens)
+
+    def expect(self, tokens: int) -> None:
+        """Keep memory for so many tokens in all when more has to be taken the next time."""
+        layers = self.past.layers if type(self.past) is DynamicCache else ()
+        for layer in layers:
+            if type(layer) is GrowingLayer:
+                layer.expected_tokens = tokens
 
     def settle(self) -> None:
         """Give back the memory that is kept for tokens to come, as far as there is memory for it:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_TOGETHER = 16
+ROOM_TOKENS = 32
+"""So many tokens more are granted than are asked for, where nobody who answers needs them."""
 
 
 class Cache(Protocol):
@@ -27,6 +29,8 @@ class Cache(Protocol):
     def can_crop(self) -> bool: ...
 
     def crop(self, tokens: int) -> None: ...
+
+    def expect(self, tokens: int) -> None: ...
 
     def settle(self) -> None: ...
 
@@ -62,9 +66,15 @@ class Conversations:
     thrown away to make room.
     """
 
-    def __init__(self, new_cache: Callable[[], Cache], budget_tokens: int) -> None:
+    def __init__(
+        self,
+        new_cache: Callable[[], Cache],
+        budget_tokens: int,
+        room_tokens: int = ROOM_TOKENS,
+    ) -> None:
         self._new_cache = new_cache
         self.budget_tokens = budget_tokens
+        self._room_tokens = room_tokens
         self._kept: OrderedDict[str, Conversation] = OrderedDict()
         self._taken: list[Conversation] = []
 
@@ -121,9 +131,14 @@ class Conversations:
         """
         wanted = len(conversation.ids) + tokens
         assert wanted <= conversation.most_tokens
-        if not self._may_hold(self._taken.index(conversation), wanted):
+        if wanted <= conversation.granted_tokens:
+            return True
+        place = self._taken.index(conversation)
+        if not self._may_hold(place, wanted):
             return False
-        conversation.granted_tokens = wanted
+        roomy = min(wanted + self._room_tokens, conversation.most_tokens)
+        conversation.granted_tokens = roomy if self._may_hold(place, roomy) else wanted
+        conversation.cache.expect(conversation.granted_tokens)
         while self._kept and self.tokens + self.taken_tokens > self.budget_tokens:
             self._kept.popitem(last=False)
         return True

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.adapter_cache import ROOM_TOKENS, GrowingLayer, KvCache
+from runtime.adapter_cache import GrowingLayer, KvCache
 from tests.checkpoints import load_reference, write_checkpoint
 from tests.families import FAMILIES, MORE_FAMILIES
 
@@ -101,7 +101,9 @@ def held_bytes(layer: GrowingLayer) -> int:
 def test_tokens_are_appended_in_place_and_move_only_when_the_room_is_used_up() -> None:
     layer, all_keys, moves = GrowingLayer(), states(0), 0
     place = None
-    for number, tokens in enumerate([50] + [1] * (3 * ROOM_TOKENS)):
+    for number, tokens in enumerate([50] + [1] * 96):
+        if number % 32 == 1:
+            layer.expected_tokens = all_keys.shape[-2] + 32
         keys, values = states(tokens, number), states(tokens, 1000 + number)
         all_keys = torch.cat([all_keys, keys], dim=-2)
         got, got_values = layer.update(keys, values)
@@ -110,8 +112,8 @@ def test_tokens_are_appended_in_place_and_move_only_when_the_room_is_used_up() -
         assert layer.get_seq_length() == all_keys.shape[-2]
         moves += got.data_ptr() != place
         place = got.data_ptr()
-    assert 2 <= moves <= 4
-    assert held_bytes(layer) <= 2 * (all_keys.shape[-2] + ROOM_TOKENS) * 2 * 4 * 4
+        assert held_bytes(layer) == 2 * max(layer.expected_tokens, 50) * 2 * 4 * 4
+    assert moves == 4
 
 
 def test_what_is_cut_gives_its_memory_back_and_what_follows_overwrites_nothing() -> None:
@@ -147,8 +149,9 @@ def test_states_of_others_are_taken_over_and_not_written_into() -> None:
 def test_a_settled_cache_holds_its_tokens_and_no_room() -> None:
     cache = KvCache(FAMILIES["qwen3_moe"]())
     layer = cache.past.layers[0]
+    cache.expect(16)
     layer.update(states(6), states(6))
-    assert held_bytes(layer) > 2 * 6 * 2 * 4 * 4
+    assert held_bytes(layer) == 2 * 16 * 2 * 4 * 4
     cache.settle()
     assert held_bytes(layer) == 2 * 6 * 2 * 4 * 4
     assert torch.equal(layer.keys, states(6))

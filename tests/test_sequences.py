@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -276,20 +276,35 @@ def test_channels_tell_the_final_answer() -> None:
 
 
 class ListCache:
-    """A cache that is only a list of ids; `croppable` as a full-attention one is."""
+    """A cache that is only a list of ids; `croppable` as a full-attention one is.
+
+    `held_tokens` is what it has memory for: it takes more as the real one does.
+    """
 
     def __init__(self, croppable: bool = True, continues: bool = True) -> None:
         self.past: list[int] = []
         self.can_crop = croppable
         self.continues = continues
         self.settled = 0
+        self.expected = 0
+        self.held_tokens = 0
+
+    def expect(self, tokens: int) -> None:
+        self.expected = tokens
+
+    def append(self, ids: list[int]) -> None:
+        self.past += ids
+        if len(self.past) > self.held_tokens:
+            self.held_tokens = max(len(self.past), self.expected)
 
     def settle(self) -> None:
         self.settled += 1
+        self.held_tokens = len(self.past)
 
     def crop(self, tokens: int) -> None:
         assert self.can_crop
         del self.past[tokens:]
+        self.held_tokens = len(self.past)
 
 
 TURNS = st.lists(
@@ -299,7 +314,7 @@ TURNS = st.lists(
 
 
 def compute(conversation: Conversation, prompt: list[int]) -> None:
-    conversation.cache.past += prompt[len(conversation.ids) :]
+    conversation.cache.append(prompt[len(conversation.ids) :])
     conversation.ids += prompt[len(conversation.ids) :]
 
 
@@ -348,7 +363,7 @@ def test_what_is_kept_gives_its_room_back_and_what_is_broken_is_forgotten() -> N
 
 
 def test_what_is_shared_is_reused_and_the_oldest_goes_first() -> None:
-    store = Conversations(ListCache, 10)
+    store = Conversations(ListCache, 10, room_tokens=0)
     for name in "ab":
         kept(store, name, [1, 2, 3, 4])
     first = store.take("a", [1, 2, 9], 3)
@@ -373,6 +388,10 @@ class Sharing(RuleBasedStateMachine):
         super().__init__()
         self.store = Conversations(ListCache, self.budget)
         self.out: list[Conversation] = []
+
+    @initialize(room=st.sampled_from([0, 2, 32]))
+    def start(self, room: int) -> None:
+        self.store = Conversations(ListCache, self.budget, room)
 
     @rule(name=st.sampled_from("abcd"), tokens=st.integers(1, 6), answer=st.integers(0, 8))
     def come(self, name: str, tokens: int, answer: int) -> None:
@@ -410,8 +429,8 @@ class Sharing(RuleBasedStateMachine):
     @invariant()
     def the_budget_is_kept(self) -> None:
         assert self.store.tokens + self.store.taken_tokens <= self.budget
-        held = sum(len(one.ids) for one in self.out)
-        assert held <= self.store.taken_tokens
+        held = sum(one.cache.held_tokens for one in self.out)
+        assert sum(len(one.ids) for one in self.out) <= held <= self.store.taken_tokens
         caches = [id(one.cache) for one in self.out]
         assert len(set(caches)) == len(caches)
         assert all(one.cache.past == one.ids for one in self.out)
@@ -419,6 +438,20 @@ class Sharing(RuleBasedStateMachine):
 
 TestSharing = Sharing.TestCase
 TestSharing.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_room_for_tokens_to_come_is_taken_from_nobody_who_answers() -> None:
+    store = Conversations(ListCache, 60, 32)
+    first, second = store.take("a", [0] * 10, 20), store.take("b", [0] * 10, 60)
+    assert store.grow(second, 1)
+    assert second.granted_tokens == second.cache.expected == 33
+    compute(second, [0])
+    for tokens in range(2, 42):
+        assert store.grow(second, 1) == (tokens <= 40)
+        compute(second, [0] * min(tokens, 40))
+    assert second.cache.held_tokens == second.granted_tokens == 40
+    assert store.grow(first, 10)
+    assert first.granted_tokens == 20
 
 
 def test_a_newcomer_waits_only_for_what_those_before_it_may_still_need() -> None:
