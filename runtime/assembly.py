@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from runtime.config import DEFAULT_MODEL, cpu_threads, data_dir, model_folder, model_name
 from runtime.core import LoadProgress, LoadRequest, TelemetrySnapshot
-from runtime.errors import MemoryPlanError, UnsupportedModelError
+from runtime.errors import CancelledError, MemoryPlanError, UnsupportedModelError
 from runtime.expert_file_header import FOLDER as EXPERTS_FOLDER
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_POLICY: PolicyName = "prescope"
 PREDICTORS_FOLDER = "predictors"
 DIGESTS_NAME = "digests.json"
+_LOOK_S = 0.05
+"""How often a person who cancels is looked for."""
 
 log = logging.getLogger("prescope.assembly")
 
@@ -177,9 +180,11 @@ def _build(
 
     # Without a card there are no slots, and only one thing can be done.
     policy = (request.policy or DEFAULT_POLICY) if plan.slots else "cpu-only"
-    if plan.slots:
-        rehearse(profile)  # whatever serves first: another policy may be chosen in an answer
     with ExitStack() as undo:
+        rehearsals = ThreadPoolExecutor(1, "prescope-rehearsal")
+        undo.callback(rehearsals.shutdown, wait=False)
+        # Beside the loading, and whatever serves first: another policy may be chosen in an answer.
+        rehearsal = rehearsals.submit(rehearse, profile) if plan.slots else None
         device = open_device(profile, plan, virtual_clock=virtual_clock)
         undo.callback(device.close)
         loaded = load_model(
@@ -229,6 +234,11 @@ def _build(
         read_bytes = loaded.store.ram_bytes
         progress(LoadProgress("Filling the expert cache", read_bytes, read_bytes))
         executor.preload(cancelled)
+        if rehearsal is not None:
+            if not rehearsal.done():
+                progress(LoadProgress("Preparing the first answer", read_bytes, read_bytes))
+            _wait_for(rehearsal, cancelled)
+        rehearsals.shutdown()
         undo.pop_all()
 
     def close() -> None:
@@ -262,6 +272,14 @@ def _build(
     attach(loaded.layers, engine.experts)
     engine.announce()
     return engine
+
+
+def _wait_for(rehearsal: Future[None], cancelled: Callable[[], bool]) -> None:
+    """Wait until all is compiled that decides: seconds after an update, long done otherwise."""
+    while not wait([rehearsal], _LOOK_S).done:
+        if cancelled():
+            raise CancelledError("Loading was stopped.")
+    rehearsal.result()
 
 
 def _predictor(loaded: LoadedModel, folder: Path, learned: Path | None) -> LearningPredictor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,34 @@ def test_the_built_in_model_has_a_name_and_says_it_is_emulated() -> None:
     assert engine.name == DEFAULT_MODEL_NAME
     assert engine.profile.device_kind in ("emulated", "cuda")
     engine.close()
+
+
+def test_a_load_that_waits_for_its_rehearsal_says_so_and_can_be_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiling takes seconds after an update; nobody has to sit them out."""
+    done = threading.Event()
+    told: list[str] = []
+    monkeypatch.setattr("runtime.rehearsal.rehearse", lambda profile: done.wait(60))
+    try:
+        with pytest.raises(CancelledError):
+            assemble(
+                LoadRequest(),
+                progress=lambda step: told.append(step.text),
+                cancelled=lambda: told[-1:] == ["Preparing the first answer"],
+                virtual_clock=True,
+            )
+    finally:
+        done.set()
+
+
+def test_a_rehearsal_that_fails_fails_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(profile: object) -> None:
+        raise ZeroDivisionError("in the rehearsal")
+
+    monkeypatch.setattr("runtime.rehearsal.rehearse", failing)
+    with pytest.raises(ZeroDivisionError, match="in the rehearsal"):
+        assemble(LoadRequest(), virtual_clock=True)
 
 
 def test_a_load_tells_how_far_it_is_and_can_be_cancelled_anywhere() -> None:
