@@ -6,7 +6,6 @@ before torch is read from disk.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -69,6 +68,7 @@ def assemble(
     from runtime.disk_probe import with_disk
     from runtime.file_digests import verify_files
     from runtime.hardware import driver_version
+    from runtime.hardware_memory import give_back_memory
     from runtime.hardware_pinning import with_pinnable
     from runtime.loader import ran_out_of_memory, read_shape
     from runtime.planner import plan_memory
@@ -130,7 +130,7 @@ def assemble(
                 raise
             # Only the words are kept: the error itself holds on to what was allocated.
             reasons.append(str(failure)[:300])
-        gc.collect()
+        give_back_memory()
     raise MemoryPlanError(
         f"{model_name(folder)} needs more memory than there is, even with"
         f" {shortened(plans[-1], shape)}. {reasons[-1]}",
@@ -173,6 +173,7 @@ def _build(
     from runtime.engine import Engine
     from runtime.engine_parts import EngineParts
     from runtime.executor import Executor
+    from runtime.hardware_memory import give_back_memory
     from runtime.kernels_crossover import Crossovers, assumed_few_tokens
     from runtime.loader import load_model
     from runtime.prompts_templates import Templates, settle_template
@@ -240,13 +241,14 @@ def _build(
             _wait_for(rehearsal, cancelled)
         rehearsals.shutdown()
         undo.pop_all()
+    give_back_memory()
 
     def close() -> None:
         detach(loaded.layers)
         executor.close()
         loaded.store.close()
         templates.close()
-        gc.collect()  # modules and caches refer to each other; their memory is wanted back now
+        give_back_memory()
 
     config = loaded.model.config
     engine = Engine(

@@ -10,7 +10,6 @@ with the first model, long after the app has been greeted.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import logging
 import signal
@@ -165,6 +164,8 @@ class Host:
                 self._engine.watch_ram()
 
     def _load(self, request: LoadRequest) -> None:
+        from runtime.hardware_memory import give_back_memory
+
         cancelled = self._inbox.watch_loads()
         self._show(state="loading", loading=request.model, progress=LoadProgress("Starting"))
         self._progress_due_s = 0.0
@@ -186,7 +187,7 @@ class Host:
             notice, next_step = reason[:500], "See the engine's log."
         if engine is None:
             # Only out here is the failed load's memory free: the exception held its frames.
-            gc.collect()
+            give_back_memory()
             self._keep_previous(previous, notice, next_step)
             return
         self._unload()
@@ -196,6 +197,8 @@ class Host:
 
     def _build_in_turn(self, request: LoadRequest, cancelled: Callable[[], bool]) -> HostedEngine:
         """Build beside the old engine if both fit, else in its place."""
+        from runtime.hardware_memory import give_back_memory
+
         # On a card a plan made beside the old model is too small for the new one.
         if self._engine is not None and self._engine.profile.device_kind != "cuda":
             try:
@@ -203,7 +206,7 @@ class Host:
             except (MemoryPlanError, MemoryError) as failure:
                 log.info("no room beside the old model: %s", failure)
         self._unload()
-        gc.collect()  # what was tried beside it, too
+        give_back_memory()  # what was tried beside it, too
         return self._build(request, cancelled)
 
     def _build(

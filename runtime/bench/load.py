@@ -9,8 +9,6 @@ page cache, and from the disk past it as those of models of more than a gigabyte
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import shutil
@@ -144,6 +142,7 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
     from runtime import store
     from runtime.device_host_memory import host_memory
     from runtime.errors import CancelledError
+    from runtime.hardware_memory import give_back_memory
     from runtime.loader import load_model
     from runtime.store_recipes import bytes_in
 
@@ -172,7 +171,7 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
     if case.kept:
         load().store.close()
     load(small).store.close()
-    _give_back()
+    give_back_memory()
     before_bytes = _peak_bytes(reset=True)
     loaded = load()
     peak_bytes = _peak_bytes(reset=False) - before_bytes
@@ -190,14 +189,14 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
                 cancelled_at_s.append(time.perf_counter())
             asked.set()
 
-    _give_back()
+    give_back_memory()
     before_bytes = psutil.Process().memory_info().rss
     try:
         load(whole, asked.is_set, watch)
     except CancelledError:
         pass
     cancel_s = time.perf_counter() - cancelled_at_s[0]
-    gc.collect()
+    give_back_memory()
     left_bytes = psutil.Process().memory_info().rss - before_bytes
 
     files = _files_of(Path(whole), kept if case.kept else None)
@@ -261,13 +260,6 @@ def _files_of(path: Path, kept: Path | None) -> list[Path]:
     if kept is not None:
         return sorted(file for file in kept.rglob("*") if file.is_file() and file.stat().st_size)
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-
-
-def _give_back() -> None:
-    """Return what the allocator holds on to, so that a load cannot hide in it."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plain_read_s(files: list[Path], into: memoryview) -> float:
