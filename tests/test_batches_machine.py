@@ -15,7 +15,7 @@ from runtime.core import Accepted, Delta, Finished, GenerationChunk, Message, Sa
 from runtime.engine import Engine
 from runtime.engine_generation import Generation
 from runtime.sequences import MAX_TOGETHER
-from tests.test_batches import CHUNK_TOKENS, engine_over, load
+from tests.batches import CHUNK_TOKENS, engine_over, load
 
 TEXTS = ("a", "bcd", "efghijklmno", "p" * (2 * CHUNK_TOKENS + 5))
 KV_TOKENS = 100

@@ -11,127 +11,11 @@ import torch
 
 from runtime import predictor_files
 from runtime.predictor import MAX_TOKENS, Predictor
-from runtime.predictor_heads import Head, Heads, Packed, Tables, pack
 from runtime.predictor_open import LearningPredictor
 from runtime.predictor_ranking import Curve, margins
 from runtime.predictor_reuse import folded, folded_from_residual, unit_rms
-from runtime.trace import Prediction
-from tests.routing_streams import (
-    EXPERTS,
-    HIDDEN,
-    LAYERS,
-    TOP_K,
-    VOCABULARY,
-    Token,
-    embedding,
-    stream,
-    views,
-)
-
-INNER, COMPRESSED, WIDTH = 6, 8, 6 + 2 * EXPERTS
-
-
-def guesses(predictor: Predictor, token: Token) -> list[Prediction]:
-    """Run one token through a predictor as the executor would."""
-    made = list(predictor.begin_pass(token.ids).read())
-    for layer in range(LAYERS):
-        pending = predictor.launch(
-            layer, token.inputs[layer], token.chosen[layer], token.weights[layer]
-        )
-        made += pending.read()
-    return made
-
-
-def recalls(predictor: Predictor, tokens: list[Token]) -> dict[int, float]:
-    """Mean recall at k per distance, of targets guessed from a layer."""
-    met: dict[int, list[float]] = {1: [], 2: []}
-    for token in tokens:
-        for made in guesses(predictor, token):
-            if made.layer >= made.distance:
-                wanted = set(token.chosen[made.layer][0].tolist())
-                best = {guess.expert for guess in made.guesses[:TOP_K]}
-                met[made.distance].append(len(wanted & best) / TOP_K)
-    return {distance: sum(values) / len(values) for distance, values in met.items()}
-
-
-def many(seed: int, count: int, **options: torch.Tensor) -> list[Token]:
-    return list(islice(stream(seed, **options), count))  # type: ignore[arg-type]
-
-
-def learner(
-    folder: Path | None = None, shipped: Path | None = None, seed: int = 0
-) -> LearningPredictor:
-    return LearningPredictor(views(seed), embedding(), torch.float32, shipped, folder)
-
-
-def heads_that_reuse(
-    scale: float = 1.0, noise: float = 0.0, lean: torch.Tensor | None = None
-) -> Heads:
-    """Heads that score as router reuse does, times `scale`, plus noise and a lean (experts,)."""
-    routers, generator = views(), torch.Generator().manual_seed(9)
-    places = []
-    for place in range(LAYERS):
-        first = torch.zeros(WIDTH, HIDDEN)
-        for distance in (1, 2):
-            target = place + distance - 1
-            if place and target < LAYERS:
-                rows = slice(INNER + (distance - 1) * EXPERTS, INNER + distance * EXPERTS)
-                first[rows] = folded(routers[place - 1], routers[target]) * scale
-        first[INNER:] += noise * torch.randn(2 * EXPERTS, HIDDEN, generator=generator)
-        places.append(
-            Head(
-                compress=torch.eye(HIDDEN, dtype=torch.int8),
-                first=pack(first),
-                second=Packed(
-                    torch.zeros(2 * EXPERTS, INNER, dtype=torch.int8), torch.ones(2 * EXPERTS)
-                ),
-                routed=torch.zeros(EXPERTS, WIDTH).half() if place else None,
-                gate=None,
-                inner=None,
-            )
-        )
-    token = torch.zeros(VOCABULARY, LAYERS, WIDTH)
-    rows = unit_rms(embedding())
-    for distance in (1, 2):
-        columns = slice(INNER + (distance - 1) * EXPERTS, INNER + distance * EXPERTS)
-        token[:, 0, columns] = rows @ folded_from_residual(routers[distance - 1]).T * scale
-    bias = torch.zeros(LAYERS, WIDTH)
-    if lean is not None:
-        bias[:, INNER:] = lean.repeat(2)
-    tables = Tables(
-        token.half(),
-        torch.zeros(VOCABULARY, WIDTH).half(),
-        bias,
-        torch.zeros(LAYERS, EXPERTS, 2, WIDTH).half(),
-        4.0,
-    )
-    return Heads(tuple(places), tables, EXPERTS, TOP_K)
-
-
-def ship(folder: Path, heads: Heads, *, reuse: float, learned: float) -> Path:
-    """Write heads as files that claim these recalls."""
-    entries = [
-        {
-            "layer": place + distance - 1,
-            "distance": distance,
-            "reuse_recall": reuse,
-            "learned_recall": learned,
-            "reuse_curve": [1.0, 0.0],
-            "learned_curve": [1.0, 0.0],
-        }
-        for place in range(LAYERS)
-        for distance in (1, 2)
-        if place + distance - 1 < LAYERS
-    ]
-    facts = {
-        "fingerprint": predictor_files.fingerprint(views()),
-        "top_k": TOP_K,
-        "half_life_tokens": 4.0,
-        "slots": entries,
-    }
-    predictor_files.write(folder, predictor_files.SHIPPED_NAME, heads.tensors(), facts)
-    return folder
-
+from tests.predictors import guesses, heads_that_reuse, learner, many, recalls, ship
+from tests.routing_streams import EXPERTS, HIDDEN, LAYERS, TOP_K, Token, embedding, stream, views
 
 # Without training
 
@@ -208,6 +92,13 @@ def test_half_precision_models_are_guessed_too() -> None:
         for t in islice(stream(4, noise=0.0), 20)
     ]
     assert min(recalls(predictor, tokens).values()) > 0.9
+
+
+def test_a_curve_is_flat_far_away_and_rises() -> None:
+    curve = Curve(2.0, -1.0)
+    assert curve.at(-1e9) == pytest.approx(0.0)
+    assert curve.at(1e9) == pytest.approx(1.0)
+    assert curve.at(0.5) == pytest.approx(0.5)
 
 
 # Learned heads, and when they are used
@@ -417,130 +308,3 @@ def test_figures_tell_what_is_in_use_and_how_well_it_does(tmp_path: Path) -> Non
         assert not one.learned_on
         assert one.recall_at_k == one.reuse_recall_at_k
     assert predictor.seconds > 0.0
-
-
-# Files
-
-
-def learned_in(folder: Path) -> LearningPredictor:
-    """A predictor that has learned something and kept it in `folder`."""
-    bias = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(8)) * 4
-    predictor = learner(folder)
-    for answer in range(3):
-        for token in many(200 + answer, 100, bias=bias):
-            guesses(predictor, token)
-        predictor.improve(60.0)
-    assert any(slot.correction is not None for slot in predictor.slots)
-    return predictor
-
-
-def test_what_was_learned_is_there_after_a_restart_and_gone_after_a_reset(tmp_path: Path) -> None:
-    predictor, token = learned_in(tmp_path), many(9, 1)[0]
-    again = learner(tmp_path)
-    assert again.notices == ()
-    assert guesses(again, token) == guesses(predictor, token)
-    fresh = Predictor(views(), embedding(), torch.float32)
-    assert guesses(again, token) != guesses(fresh, token)
-    again.reset()
-    assert list(tmp_path.iterdir()) == []
-    assert guesses(again, token) == guesses(fresh, token)
-
-
-def only(folder: Path, suffix: str) -> Path:
-    (found,) = folder.glob(f"*{suffix}")
-    return found
-
-
-def test_damaged_foreign_and_future_files_are_ignored_with_a_reason(tmp_path: Path) -> None:
-    learned_in(tmp_path)
-    weights, facts = only(tmp_path, ".safetensors"), only(tmp_path, ".json")
-    raw, text = weights.read_bytes(), facts.read_text()
-    damages = {
-        "weights cut": lambda: weights.write_bytes(raw[:-7]),
-        "weights changed": lambda: weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])),
-        "weights gone": lambda: weights.unlink(),
-        "json cut": lambda: facts.write_text(text[:40]),
-        "json not an object": lambda: facts.write_text("[]"),
-        "json binary": lambda: facts.write_bytes(b"\xff\xfe\x00"),
-        "format": lambda: facts.write_text(text.replace('"format": 1', '"format": 99')),
-        "slots gone": lambda: facts.write_text(text.replace('"slots"', '"slits"')),
-        "other model": lambda: facts.write_text(
-            text.replace(predictor_files.fingerprint(views()), "0" * 32)
-        ),
-    }
-    token = many(9, 1)[0]
-    wanted = guesses(Predictor(views(), embedding(), torch.float32), token)
-    for name, damage in damages.items():
-        weights.write_bytes(raw)
-        facts.write_text(text)
-        damage()
-        predictor = learner(tmp_path)
-        assert len(predictor.notices) == 1, name
-        assert "ignored" in predictor.notices[0], name
-        assert guesses(predictor, token) == wanted, name
-
-
-def test_shapes_that_do_not_fit_are_ignored_even_if_the_hash_is_right(tmp_path: Path) -> None:
-    learned_in(tmp_path)
-    facts = json.loads(only(tmp_path, ".json").read_text())
-    name = only(tmp_path, ".json").stem
-    predictor_files.write(tmp_path, name, {"1.1.bias": torch.zeros(3)}, facts)
-    predictor = learner(tmp_path)
-    assert "has the shape (3,)" in predictor.notices[0]
-    heads = heads_that_reuse()
-    shipped = ship(tmp_path / "shipped", heads, reuse=0.5, learned=0.9)
-    facts = json.loads((shipped / "predictor.json").read_text())
-    for key, bad, reason in (
-        ("past", heads.tables.past[:, :5], "5 experts"),
-        ("2.first", torch.zeros(3, 3, dtype=torch.int8), "2.first has the shape (3, 3)"),
-        ("bias", heads.tables.bias * float("nan"), "not finite"),
-    ):
-        tensors = heads.tensors() | {key: bad}
-        predictor_files.write(shipped, "predictor", tensors, facts)
-        predictor = learner(shipped=shipped)
-        assert predictor.heads is None, key
-        assert len(predictor.notices) == 1, key
-        assert reason in predictor.notices[0]
-    few = heads.tensors() | {
-        "token": heads.tables.token[:-1],
-        "previous": heads.tables.previous[:-1],
-    }
-    predictor_files.write(shipped, "predictor", few, facts)
-    assert "tokens" in learner(shipped=shipped).notices[0]
-    incomplete = {k: t for k, t in heads.tensors().items() if k != "1.second"}
-    predictor_files.write(shipped, "predictor", incomplete, facts)
-    assert len(learner(shipped=shipped).notices) == 1
-
-
-def test_another_models_learning_is_not_touched(tmp_path: Path) -> None:
-    learned_in(tmp_path)
-    other = learner(tmp_path, seed=5)
-    assert other.notices == ()
-    other.reset()
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_folder_that_cannot_be_written_is_told_and_survived(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    predictor = learner(blocked / "inside")
-    for token in many(200, 80):
-        guesses(predictor, token)
-    predictor.improve(60.0)
-    assert "could not be kept" in predictor.notices[0]
-
-
-def test_a_fingerprint_is_the_same_for_any_dtype_and_differs_between_models() -> None:
-    half = [
-        type(v)(v.top_k, v.weight.bfloat16(), v.bias, v.gain.bfloat16().float()) for v in views()
-    ]
-    same = [type(v)(v.top_k, v.weight.float(), v.bias, v.gain) for v in half]
-    assert predictor_files.fingerprint(half) == predictor_files.fingerprint(same)
-    assert predictor_files.fingerprint(views()) != predictor_files.fingerprint(views(5))
-
-
-def test_a_curve_is_flat_far_away_and_rises() -> None:
-    curve = Curve(2.0, -1.0)
-    assert curve.at(-1e9) == pytest.approx(0.0)
-    assert curve.at(1e9) == pytest.approx(1.0)
-    assert curve.at(0.5) == pytest.approx(0.5)

@@ -1,138 +1,20 @@
-"""Chats in motion: nothing lost, every page sees the same answer, every answer ends once."""
+"""Chats in motion: every page sees the same answer, and every answer ends once."""
 
 from __future__ import annotations
 
-import os
-import queue
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from app import answer as answer_module
-from app.database import HistoryError
-from app.history import INTERRUPTED, History, StoredMessage
-from app.session import MAX_MESSAGE_CHARACTERS, ChatSessions, ConversationView
-from app.settings import SettingsStore
-from runtime.core import (
-    Accepted,
-    Delta,
-    Finished,
-    FinishReason,
-    GenerationChunk,
-    GenerationStats,
-    Message,
-    SamplingParams,
-)
+from app.session import MAX_MESSAGE_CHARACTERS, ConversationView
+from runtime.core import Accepted, Delta, Finished, GenerationChunk, Message, SamplingParams
 from runtime.errors import BusyError, EngineDiedError, PreScopeError, RequestError
+from tests.chat_rigs import SOON_S, STATS, Rig, SteppedEngine, live_text
 from tests.fake_engine import FakeEngine
-
-SOON_S = 10.0
-# Thousands of durable writes: on a disk in memory, where there is one, they cost nothing.
-QUICK_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-STATS = GenerationStats(emulated=True, device="test", policy="hybrid", new_tokens=7)
-
-
-class Stream:
-    """A generation whose chunks the test feeds one by one; closing it is seen at once."""
-
-    def __init__(self) -> None:
-        self.fed: queue.SimpleQueue[GenerationChunk | Exception | None] = queue.SimpleQueue()
-        self.closed = threading.Event()
-
-    def __iter__(self) -> Iterator[GenerationChunk]:
-        return self
-
-    def __next__(self) -> GenerationChunk:
-        chunk = self.fed.get()
-        if chunk is None:
-            raise StopIteration
-        if isinstance(chunk, Exception):
-            raise chunk
-        return chunk
-
-    def close(self) -> None:
-        self.closed.set()
-        self.fed.put(None)
-
-    def say(self, text: str, thinking: bool = False) -> None:
-        self.fed.put(Delta("reasoning" if thinking else "answer", text))
-
-    def finish(self, reason: FinishReason = "stop") -> None:
-        self.fed.put(Finished(reason, STATS))
-
-
-class SteppedEngine(FakeEngine):
-    """Answers only what a test feeds into the newest stream of a conversation."""
-
-    def __init__(self, before: Callable[[str], None] = lambda id_: None) -> None:
-        super().__init__()
-        self.streams: dict[str, Stream] = {}
-        self.params: list[SamplingParams] = []
-        self.asked = threading.Condition()
-        self.before = before
-
-    def generate(
-        self, conversation_id: str, messages: Sequence[Message], params: SamplingParams
-    ) -> Iterator[GenerationChunk]:
-        self.before(conversation_id)
-        with self.asked:
-            self.prompts.append(list(messages))
-            self.params.append(params)
-            stream = self.streams[conversation_id] = Stream()
-            self.asked.notify_all()
-        stream.fed.put(Accepted(3))
-        return iter(stream)
-
-    def stream(self, conversation_id: str, count: int) -> Stream:
-        """Return the stream of the `count`-th question of this engine."""
-        with self.asked:
-            assert self.asked.wait_for(lambda: len(self.prompts) >= count, SOON_S)
-            return self.streams[conversation_id]
-
-
-class Rig:
-    """History, settings and sessions over one engine, opened and closed together."""
-
-    def __init__(self, folder: Path, engine: FakeEngine) -> None:
-        self.folder = folder
-        self.engine = engine
-        self.open()
-
-    def open(self) -> None:
-        self.history = History(self.folder)
-        self.settings = SettingsStore(self.folder)
-        self.sessions = ChatSessions(self.history, self.settings, self.engine)
-
-    def close(self) -> None:
-        self.sessions.close()
-        self.history.close()
-
-    def settled(self, chat: str) -> list[StoredMessage]:
-        """Wait until the conversation is not answering any more and return its turns."""
-        deadline = time.monotonic() + SOON_S
-        view = self.sessions.view(chat)
-        while view.live is not None:
-            assert time.monotonic() < deadline, view
-            view = self.sessions.wait(chat, view.live.version, 1.0)
-        return view.messages
-
-    def until(self, chat: str, seen: Callable[[ConversationView], bool]) -> ConversationView:
-        """Wait until the view is as wanted."""
-        deadline = time.monotonic() + SOON_S
-        view = self.sessions.view(chat)
-        while not seen(view):
-            assert time.monotonic() < deadline, view
-            view = self.sessions.wait(chat, view.live.version if view.live else -1, 1.0)
-        return view
 
 
 @pytest.fixture
@@ -150,10 +32,6 @@ def stepped(tmp_path: Path) -> Iterator[tuple[Rig, SteppedEngine]]:
     made.close()
 
 
-def live_text(view: ConversationView) -> str:
-    return view.live.text if view.live else ""
-
-
 def test_an_answer_needs_no_page(rig: Rig) -> None:
     chat = rig.sessions.send(None, "How does it work? !think\nSecond line")
     asked, answered = rig.settled(chat)
@@ -168,85 +46,6 @@ def test_an_answer_needs_no_page(rig: Rig) -> None:
         == (answered.stats["routed"])
     )
     assert [c.title for c in rig.sessions.conversations()] == ["How does it work? !think"]
-
-
-def test_a_question_is_on_disk_before_the_engine_hears_it(tmp_path: Path) -> None:
-    seen: list[list[StoredMessage]] = []
-    engine = SteppedEngine(before=lambda id_: seen.append(opened.history.messages(id_)))
-    opened = rig = Rig(tmp_path, engine)
-    chat = rig.sessions.send(None, "first")
-    engine.stream(chat, 1).finish()
-    rig.settled(chat)
-    assert [(turn.role, turn.content, turn.state) for turn in seen[0]] == [
-        ("user", "first", "complete"),
-        ("assistant", "", "partial"),
-    ]
-    rig.close()
-
-
-def test_text_so_far_reaches_the_disk_while_the_engine_is_silent(
-    stepped: tuple[Rig, SteppedEngine],
-) -> None:
-    rig, engine = stepped
-    chat = rig.sessions.send(None, "go")
-    stream = engine.stream(chat, 1)
-    stream.say("Hm.", thinking=True)
-    stream.say("One")
-    stream.say(" two")
-    deadline = time.monotonic() + SOON_S
-    while rig.history.messages(chat)[-1].content != "One two":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    last = rig.history.messages(chat)[-1]
-    assert (last.reasoning, last.state) == ("Hm.", "partial")
-    stream.finish()
-    assert rig.settled(chat)[-1].state == "complete"
-
-
-def test_text_so_far_reaches_the_disk_while_tokens_never_pause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 0.05)
-    saved = threading.Event()
-
-    class Endless(FakeEngine):
-        def generate(self, *given: Any) -> Iterator[GenerationChunk]:
-            while not saved.is_set():
-                yield Delta("answer", "x")
-                time.sleep(0)
-            yield Finished("stop", STATS)
-
-    rig = Rig(tmp_path, Endless())
-    chat = rig.sessions.send(None, "go")
-    deadline = time.monotonic() + SOON_S
-    while not rig.history.messages(chat)[-1].content:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    saved.set()
-    assert rig.settled(chat)[-1].state == "complete"
-    rig.close()
-
-
-def test_saves_do_not_grow_with_the_number_of_tokens(
-    stepped: tuple[Rig, SteppedEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig, engine = stepped
-    saves: list[str] = []
-    save = rig.history.save_answer
-
-    def save_answer(*given: Any) -> None:
-        saves.append(given[1])
-        save(*given)
-
-    monkeypatch.setattr(rig.history, "save_answer", save_answer)
-    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 3600.0)
-    chat = rig.sessions.send(None, "go")
-    stream = engine.stream(chat, 1)
-    for _ in range(500):
-        stream.say("x")
-    stream.finish()
-    assert rig.settled(chat)[-1].content == "x" * 500
-    assert saves == ["x" * 500]
 
 
 def test_live_states_follow_the_answer(stepped: tuple[Rig, SteppedEngine]) -> None:
@@ -531,45 +330,6 @@ def test_deleting_a_chat_ends_its_answer(stepped: tuple[Rig, SteppedEngine]) -> 
         rig.sessions.send(chat, "still there?")
 
 
-def test_closing_the_app_keeps_the_text_for_the_next_start(
-    stepped: tuple[Rig, SteppedEngine],
-) -> None:
-    rig, engine = stepped
-    chat = rig.sessions.send(None, "go")
-    engine.stream(chat, 1).say("half an ans")
-    rig.until(chat, lambda view: live_text(view) == "half an ans")
-    rig.close()
-    assert engine.streams[chat].closed.is_set()
-    rig.open()
-    last = rig.sessions.view(chat).messages[-1]
-    assert (last.content, last.state, last.error) == ("half an ans", "failed", INTERRUPTED)
-
-
-def test_an_answer_the_disk_refuses_is_kept_and_saved_later(
-    stepped: tuple[Rig, SteppedEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig, engine = stepped
-    monkeypatch.setattr(answer_module, "SAVE_EVERY_S", 0.02)
-    full = threading.Event()
-    full.set()
-    save = rig.history.save_answer
-
-    def save_answer(*given: Any) -> None:
-        if full.is_set():
-            raise HistoryError("The disk is full.", "Free some space.")
-        save(*given)
-
-    monkeypatch.setattr(rig.history, "save_answer", save_answer)
-    chat = rig.sessions.send(None, "go")
-    engine.stream(chat, 1).say("precious")
-    engine.stream(chat, 1).finish()
-    view = rig.until(chat, lambda v: v.live is not None and "disk is full" in v.live.notice)
-    assert live_text(view) == "precious"
-    full.clear()
-    assert rig.settled(chat)[-1].content == "precious"
-    assert rig.settled(chat)[-1].state == "complete"
-
-
 def test_titles_are_the_first_line_cut_at_a_word(rig: Rig) -> None:
     long = "word " * 40
     chat = rig.sessions.send(None, long)
@@ -584,91 +344,3 @@ def test_titles_are_the_first_line_cut_at_a_word(rig: Rig) -> None:
     assert rig.sessions.view(other).title == "Mine"
     rig.sessions.rename(other, "  ")
     assert rig.sessions.view(other).title == "Mine"
-
-
-class SessionMachine(RuleBasedStateMachine):
-    """Tabs, reloads, restarts and a moody engine: what a tab saw is what is stored (SM6)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp(dir=QUICK_DISK))
-        self.engine = SteppedEngine()
-        self.rig = Rig(self.folder, self.engine)
-        self.chat = self.rig.sessions.create()
-        self.questions = 0
-        self.said = ""
-        self.running = False
-        self.tabs: list[list[str]] = [[], [], []]
-
-    @precondition(lambda self: not self.running)
-    @rule(again=st.booleans())
-    def ask(self, again: bool) -> None:
-        turns = self.rig.sessions.view(self.chat).messages
-        if again and turns:
-            self.rig.sessions.retry(self.chat, turns[-1].id)
-        else:
-            self.rig.sessions.send(self.chat, f"question {self.questions}")
-        self.questions += 1
-        self.said, self.running, self.tabs = "", True, [[], [], []]
-
-    @precondition(lambda self: self.running)
-    @rule()
-    def ask_twice(self) -> None:
-        with pytest.raises(BusyError):
-            self.rig.sessions.send(self.chat, "again")
-
-    @precondition(lambda self: self.running)
-    @rule(text=st.sampled_from(("a", "bc", "é\n", "   ")))
-    def say(self, text: str) -> None:
-        self.engine.stream(self.chat, self.questions).say(text)
-        self.said += text
-        self.rig.until(self.chat, lambda view: live_text(view) == self.said)
-
-    @rule(tab=st.integers(0, 2))
-    def look(self, tab: int) -> None:
-        view = self.rig.sessions.view(self.chat)
-        if view.live is not None:
-            self.tabs[tab].append(view.live.text)
-
-    @precondition(lambda self: self.running)
-    @rule(how=st.sampled_from(("finish", "die", "stop", "restart")))
-    def end(self, how: str) -> None:
-        stream = self.engine.stream(self.chat, self.questions)
-        if how == "finish":
-            stream.finish()
-        elif how == "die":
-            stream.fed.put(EngineDiedError("gone"))
-        elif how == "stop":
-            self.rig.sessions.stop(self.chat)
-        else:
-            self.rig.close()
-            self.rig.open()
-        last = self.rig.settled(self.chat)[-1]
-        self.running = False
-        wanted = {"finish": "complete", "stop": "stopped"}.get(how, "failed")
-        assert (last.content, last.state) == (self.said, wanted)
-        for seen in self.tabs:
-            assert all(last.content.startswith(text) for text in seen)
-            assert seen == sorted(seen, key=len)
-
-    @invariant()
-    def turns_alternate(self) -> None:
-        view = self.rig.sessions.view(self.chat)
-        roles = [turn.role for turn in view.messages]
-        assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
-        assert (view.live is not None) == self.running == (len(roles) % 2 == 1)
-        stored = self.rig.history.messages(self.chat)
-        assert len(stored) == len(roles) + self.running
-
-    def teardown(self) -> None:
-        self.rig.close()
-        shutil.rmtree(self.folder)
-
-
-TestSessionMachine = SessionMachine.TestCase
-TestSessionMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
