@@ -72,15 +72,15 @@ def scales_and_zeros(
     0 stands for: less the minimum, or if `centred` that of the number 8.
     """
     count = _U(scales.size) // _8
-    packed = np.empty(128, np.uint64)
+    packed = np.zeros(128, np.uint64)
     sixes = packed.view(np.uint8)
-    halves_, factors = np.zeros(128, np.uint32), np.empty(128, np.float32)
+    bits, factors = np.zeros(128, np.uint32), np.empty(1024, np.float32)
     for first in range(_0, count, _64):
         # Collected first: what is done to them afterwards is vectorised.
         some = min(_64, count - first)
         for k in range(some):
             at = (first + k) * _U(block_bytes)
-            halves_[k], halves_[_64 + k] = _half_bits(raw, at), _half_bits(raw, at + _2)
+            bits[k], bits[_64 + k] = _half_bits(raw, at), _half_bits(raw, at + _2)
             low, high = _four_bytes(raw, at + _4), _four_bytes(raw, at + _8)
             both = _four_bytes(raw, at + _U(12))
             upper = (both & _LOW_FOURS) | ((low >> _2) & _UPPER_TWOS)
@@ -88,14 +88,20 @@ def scales_and_zeros(
             upper = ((both >> _4) & _LOW_FOURS) | ((high >> _2) & _UPPER_TWOS)
             packed[_64 + k] = (high & _LOW_SIXES) | (upper << _32)
         for k in range(_U(128)):
-            factors[k] = _widened(halves_[k])
-        for k in range(some):
-            scale, least, to = factors[k], factors[_64 + k], (first + k) * _8
+            factor = _widened(bits[k])
             for each in range(_8):
-                own = scale * _F(sixes[k * _8 + each])
-                minimum = least * _F(sixes[(_64 + k) * _8 + each])
-                scales[to + each] = own
-                zeros[to + each] = _EIGHT * own - minimum if centred else -minimum
+                factors[k * _8 + each] = factor
+        for k in range(_U(1024)):
+            factors[k] = factors[k] * _F(sixes[k])
+        begin, minima = first * _8, _U(512)
+        if centred:
+            for k in range(some * _8):
+                scales[begin + k] = factors[k]
+                zeros[begin + k] = _EIGHT * factors[k] - factors[minima + k]
+        else:
+            for k in range(some * _8):
+                scales[begin + k] = factors[k]
+                zeros[begin + k] = -factors[minima + k]
 
 
 @compiled
