@@ -236,8 +236,9 @@ def _codes(
     raw: Sequence[NDArray[np.uint8]],
 ) -> Iterator[Codes]:
     """Unpack what one expert has of tensors of these types, below each other or in turns."""
+    spread = len(kinds) > 1 or any(FORMS[kind].kind != form.kind for kind in kinds)
     each = [
-        (widened(codes, form) for codes in pieces(kind, data, inputs))
+        (widened(codes, form) for codes in pieces(kind, data, inputs, spread))
         for kind, data in zip(kinds, raw, strict=True)
     ]
     if len(each) == 1:

@@ -72,8 +72,6 @@ class DirectFile:
         done = 0
         for buffer in buffers:
             size = min(len(buffer), count - done)
-            if size == 0:
-                break
             # numpy lets other threads run meanwhile; slices of memory views do not.
             source = np.frombuffer(bounce, dtype=np.uint8, count=size, offset=skip + done)
             np.copyto(np.frombuffer(buffer, dtype=np.uint8, count=size), source)

@@ -114,6 +114,7 @@ class Passes:
             return None
         conversation.ids.clear()
         conversation.cache, conversation.intact = self._parts.new_cache(), True
+        conversation.cache.expect(conversation.granted_tokens)
         while (done := len(conversation.ids)) < len(tokens):
             room = prefill_tokens(self._parts.plan, self._parts.shape, done)
             end = done + room if conversation.cache.continues else len(tokens)

@@ -75,11 +75,16 @@ def unpack(kind: str, raw: Bytes, columns: int) -> Codes:
     )
 
 
-def pieces(kind: str, raw: Bytes, columns: int) -> Iterator[Codes]:
-    """Unpack a few rows at a time, so that what is made on the way stays small."""
+def pieces(kind: str, raw: Bytes, columns: int, spread: bool = False) -> Iterator[Codes]:
+    """Unpack a few rows at a time, so that what is made on the way stays small.
+
+    `spread` says that numbers will not be used as they lie, but widened or stacked.
+    """
     per_block, block_bytes = BLOCKS[kind]
     rows = raw.reshape(-1, columns // per_block * block_bytes)
     row_bytes = columns if kind in _MADE else 8 * columns // FORMS[kind].columns
+    if spread:
+        row_bytes = 4 * columns
     step = max(1, _PIECE_BYTES // row_bytes // PIECE_ROWS) * PIECE_ROWS
     for begin in range(0, len(rows), step):
         yield unpack(kind, rows[begin : begin + step], columns)
@@ -149,7 +154,9 @@ def _q4_0(blocks: Bytes) -> _Unpacked:
 
 def _q4_1(blocks: Bytes) -> _Unpacked:
     scale = _half(blocks, 0)
-    return blocks[:, 4:], scale, 8 * scale + _half(blocks, 2), 16
+    with np.errstate(invalid="ignore"):  # a stranger's file may have infinities
+        zeros = 8 * scale + _half(blocks, 2)
+    return blocks[:, 4:], scale, zeros, 16
 
 
 def _q5_0(blocks: Bytes) -> _Unpacked:

@@ -99,7 +99,8 @@ def gptq(
         # uint8 wraps where the zero point 0 was kept as the largest number.
         zeros = qzeros.view(np.uint8) + np.uint8(zeros_less_one)
         symmetric = bool((zeros == 128).all())
-        offsets = (np.float32(128) - zeros.astype(np.float32)) * scales
+        with np.errstate(invalid="ignore"):  # a stranger's scales may be infinite
+            offsets = (np.float32(128) - zeros.astype(np.float32)) * scales
     return _rows(form, qweight.T, scales.T, offsets.T if form.zeros else None), symmetric
 
 
@@ -117,7 +118,8 @@ def packed(
     zeros, middle = np.ascontiguousarray(zero_points.T).view(np.uint8), 128
     if form.kind == "int4":
         zeros, middle = np.stack((zeros & 15, zeros >> 4), 2).reshape(len(zeros), -1), 8
-    offsets = (np.float32(middle) - zeros[:, :outputs].T.astype(np.float32)) * scales
+    with np.errstate(invalid="ignore"):  # a stranger's scales may be infinite
+        offsets = (np.float32(middle) - zeros[:, :outputs].T.astype(np.float32)) * scales
     return _rows(form, weight, scales, offsets)
 
 

@@ -26,7 +26,8 @@ from runtime.weight_forms import Codes, encode, memories
 
 _SCRATCH_ITEMS = 2**18
 _TOGETHER_BYTES = 2**24
-"""Tensors are read together up to about so much: a call for each of them would cost time."""
+"""What is unpacked is read together up to so much, or so many numbers that go straight to their
+place: a call for every tensor would cost time."""
 _UNPACKING_BYTES = 2 * 2**20
 """What unpacking a few rows makes on the way, in one thread."""
 RAW_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8", "I8": "uint8"}
@@ -108,8 +109,8 @@ class TensorFiles(Protocol):
 class RecipeSource:
     """Reads one expert after another by its recipe; an `ExpertSource` over open files.
 
-    Any thread may read: each has a small scratch buffer of its own. `stop` is asked between the
-    steps of a recipe.
+    Any thread may read: each has scratch memory of its own, `reading_bytes` at most. `stop` is
+    asked before tensors that are read together, and before each that has to be converted.
     """
 
     def __init__(self, files: TensorFiles, layers: Sequence[LayerSource]) -> None:
@@ -142,8 +143,7 @@ class RecipeSource:
         parts = {part.name: part for part in layer.format.parts}
         places = memories(np.frombuffer(into, np.uint8), layer.format)
         for steps in _together(layer.recipes[expert.expert]):
-            if self.stop():
-                raise CancelledError("Loading was stopped.")
+            self._check()
             reads: list[tuple[str, int, memoryview]] = []
             encodings: list[tuple[Encoding, list[NDArray[np.uint8]]]] = []
             scratch = self._scratch(sum(map(_scratch_bytes, steps)))
@@ -158,6 +158,7 @@ class RecipeSource:
                     place = places[step.part][step.into * size : (step.into + step.items) * size]
                     reads.append((step.tensor, step.first * size, bytes_in(place)))
                 else:
+                    self._check()
                     self._change(torch.from_numpy(places[step.part]), parts[step.part], step)
             self._files.read(reads)
             for step, raw in encodings:
@@ -169,6 +170,10 @@ class RecipeSource:
     def close(self) -> None:
         """Close the files; safe to call twice."""
         self._files.close()
+
+    def _check(self) -> None:
+        if self.stop():
+            raise CancelledError("Loading was stopped.")
 
     def _is_straight(self, piece: Piece, part: Part) -> bool:
         entry = self._files.tensors[piece.tensor]

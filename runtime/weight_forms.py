@@ -34,9 +34,11 @@ _E8M0_LEAST_BITS = 0x00400000
 """2 ** -127 as a float32, which has no exponent of its own for it."""
 _MANTISSA_BITS = 23
 _DEQUANTISE_ITEMS = 2**20
+_SPREAD_NUMBERS = 2**18
 _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
-_AWQ_SHIFTS = torch.tensor((0, 16, 4, 20, 8, 24, 12, 28), dtype=torch.int32)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which four bits of a word, counted from the lowest, each of its eight rows has."""
 PIECE_ROWS = LARGEST_BLOCK
 """Rows of a matrix that is written in pieces begin at a multiple of this."""
 
@@ -72,8 +74,12 @@ class Codes:
     def numbers(self) -> Tensor:
         """The codes one by one, (N, K)."""
         if self.eights:
-            fours = self.codes.unsqueeze(1) >> _AWQ_SHIFTS.view(1, 8, 1)
-            return (fours & 15).to(torch.uint8).flatten(0, 1)
+            words = self.codes.clone(memory_format=torch.contiguous_format)
+            pairs = words.view(torch.uint8).view(*words.shape, 4)
+            numbers = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8)
+            for row, place in enumerate(_AWQ_PLACES):
+                torch.bitwise_and(pairs[:, :, place // 2] >> place % 2 * 4, 15, out=numbers[:, row])
+            return numbers.flatten(0, 1)
         if not self.apart:
             return self.codes.flatten(1)
         # `contiguous` may leave the strides of an axis of one as they are, and `view` minds them.
@@ -84,10 +90,13 @@ class Codes:
             return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
         return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
 
-    def in_pieces(self, columns: int) -> Iterator[Codes]:
-        """Yield some rows at a time, of `columns` numbers: computing with them takes little."""
-        height = math.lcm(self.form.rows, 8)
-        step = max(1, _DEQUANTISE_ITEMS // columns // height) * height
+    def in_pieces(self, columns: int, numbers: int | None = None) -> Iterator[Codes]:
+        """Yield some rows at a time, of `columns` numbers: computing with them takes little.
+
+        `numbers` says about how many; each piece but the last has a multiple of `PIECE_ROWS`.
+        """
+        height = math.lcm(self.form.rows, PIECE_ROWS)
+        step = max(1, (numbers or _DEQUANTISE_ITEMS) // columns // height) * height
         for begin in range(0, self.rows, step):
             end = begin + step
             blocks = slice(begin // self.form.rows, -(-end // self.form.rows))
@@ -203,6 +212,11 @@ def encode(
     assert first % PIECE_ROWS == first % form.rows == 0, (first, matrix)
     numbers, scales = parts[matrix.name], parts[f"{matrix.name}.scales"]
     rows, columns = matrix.shape
+    if codes.eights and not is_packed(matrix):
+        for some in codes.in_pieces(columns, _SPREAD_NUMBERS):
+            encode(replace(some, codes=some.numbers, eights=False), matrix, parts, first)
+            first += some.rows
+        return
     if is_packed(matrix):
         begin, end = first * columns // 2, (first + codes.rows) * columns // 2
         planes = [numbers[begin:end]]

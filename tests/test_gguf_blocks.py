@@ -183,6 +183,14 @@ def test_a_large_matrix_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPat
     assert torch.equal(numbers_of("Q5_K", raw, 256, torch.bfloat16), whole)
 
 
+def test_numbers_that_will_be_spread_come_in_smaller_pieces() -> None:
+    raw = np.zeros(4096 * 2048 // 32 * 17, np.uint8)
+    as_they_lie = [codes.rows for codes in pieces("MXFP4", raw, 2048)]
+    spread = [codes.rows for codes in pieces("MXFP4", raw, 2048, spread=True)]
+    assert sum(as_they_lie) == sum(spread) == 4096
+    assert max(spread) * 2048 * 4 <= 2**19 < max(as_they_lie) * 2048 * 4
+
+
 def test_a_scale_that_is_no_number_becomes_the_next_power_of_two() -> None:
     raw = raw_of("MXFP4")
     raw[0] = 255

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from runtime import weight_forms
+from runtime import store_recipes, weight_forms
 from runtime.adapter import find_moe_layers
 from runtime.adapter_config import build_skeleton, read_config, read_quantisation
 from runtime.adapter_recipes import sort_checkpoint
@@ -33,7 +33,7 @@ from runtime.quantized_folding import fold
 from runtime.quantized_schemes import quantisation_from
 from runtime.quantized_tensors import QuantisedTensor
 from runtime.safetensors_files import SafetensorsFiles, TensorEntry
-from runtime.store_recipes import RecipeSource, bytes_in
+from runtime.store_recipes import RecipeSource, bytes_in, reading_bytes
 from runtime.weight_forms import dequantise, held, is_packed
 from tests.checkpoints import attach_plain_runner, load, load_reference, logits
 from tests.families import make_checkpoint
@@ -305,7 +305,12 @@ def test_what_transformers_dequantises_itself_is_the_same(
         assert torch.equal(weight, theirs[parameter]), parameter
 
 
-def test_any_expert_can_be_read_again_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("together_bytes", [2**24, 3000, 1])
+def test_any_expert_can_be_read_again_alone(
+    together_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of its tensors are read together, in no more memory than readers are given."""
+    monkeypatch.setattr(store_recipes, "_TOGETHER_BYTES", together_bytes)
     write_quantised(FILE_FORMATS["awq"], tmp_path)
     loaded = load(tmp_path)
     files = SafetensorsFiles(tmp_path)
@@ -325,6 +330,8 @@ def test_any_expert_can_be_read_again_alone(tmp_path: Path) -> None:
 
     files.read = noting  # type: ignore[method-assign]
     source.read(expert, bytes_in(again))
+    scratch_bytes = reading_bytes(checkpoint.sources) - store_recipes._UNPACKING_BYTES
+    assert source._own.scratch.size == scratch_bytes
     kept = views(loaded.store.bytes_of(expert), loaded.layers[1].format)
     for name, part in views(again, loaded.layers[1].format).items():
         assert torch.equal(part, kept[name])

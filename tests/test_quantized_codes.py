@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime import quantized_codes
+from runtime import quantized_codes, weight_forms
 from runtime.formats import Form, Matrix, lay_out
 from runtime.kernels import views
 from runtime.weight_forms import Codes, encode, held, memories, parts_of
@@ -53,8 +53,10 @@ def held_again(form: Form, shape: tuple[int, int], pieces: list[Codes]) -> Codes
     return held(matrix, views(flat, layout))
 
 
+@pytest.mark.parametrize("spread", [2**18, 1])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_awq(size: tuple[int, int, int]) -> None:
+def test_awq(size: tuple[int, int, int], spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_forms, "_SPREAD_NUMBERS", spread)
     outputs, inputs, group = size
     groups = inputs // group if group else 1
     form = Form("int4", 1, group, zeros=True)

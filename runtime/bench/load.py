@@ -115,7 +115,7 @@ def tell(result: dict[str, Any]) -> str:
     for case in result["cases"]:
         lines.append(
             f"{case['name']:24}{case['read_bytes'] / 1e6:5.0f} MB{case['experts_to_read']:7.2f}"
-            f"{case['cpu_to_read']:7.2f}{case['experts_to_disk_read']:7.2f}"
+            f"{case['cpu_to_read']:7.2f}{_ratio(case['experts_to_disk_read']):>7}"
             f"{case['peak_to_plan']:7.3f}{case['peak_to_weights']:7.3f}"
             f"{case['cancel_s']:9.2f} s{case['left_bytes'] / 1e6:+6.0f} MB"
         )
@@ -127,6 +127,10 @@ def tell(result: dict[str, Any]) -> str:
         "left: what a cancelled load leaves behind.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.2f}"
 
 
 def child() -> None:
@@ -232,6 +236,8 @@ def _measured(case: Case, small: str, whole: str, kept_name: str, rounds: int) -
     share = 1.0 if case.kept else 1 - dense_bytes / read_bytes
     result |= {"experts_to_read": loads_s / hot_s / share, "cpu_to_read": cpu_s / hot_s / share}
     store.DIRECT_FROM_BYTES = 0
+    if not hasattr(os, "posix_fadvise"):
+        return {**result, "experts_to_disk_read": None}
     disk_s, from_disk_s, _ = turns(min(rounds, DISK_ROUNDS), lambda: _disk_read_s(files))
     return {**result, "experts_to_disk_read": from_disk_s / disk_s / share}
 
@@ -276,14 +282,15 @@ def _plain_read_s(files: list[Path], into: memoryview) -> float:
 def _disk_read_s(files: list[Path]) -> float:
     """Return how long as many readers as a load has need for all files, past the page cache.
 
-    Nothing is left of the files in the page cache.
+    Nothing is left of the files in the page cache, before and after.
     """
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began_s = time.perf_counter()
     for path in files:
         with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(LOAD_READERS) as readers:
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             direct = DirectFile(file.fileno())
             begins = range(0, path.stat().st_size, BOUNCE_BYTES)
             into = threading.local()

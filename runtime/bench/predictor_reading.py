@@ -100,6 +100,7 @@ def share_of_a_token(
 
     attach(opened.layers, computing_in_place(opened.layers, opened.store, launch))
     cache = KvCache(opened.model.config)
+    cache.expect(reading.prompt + tokens)
     parts = [reading.tokens[: reading.prompt]]
     parts += list(reading.tokens[reading.prompt : reading.prompt + tokens].split(1))  # type: ignore[no-untyped-call]
     own_s = began_s = 0.0
