@@ -54,16 +54,28 @@ class _Folding:
     def add(self, name: str) -> None:
         """Fold the quantised weight whose numbers are in tensor `name`, if that is one."""
         entry = self._tensors[name]
-        stem, _, last = name.rpartition(".")
-        if self._method == "mxfp4" and name.endswith("_blocks"):
-            self._mxfp4(entry, name.removesuffix("_blocks"))
-        elif self._method in ("awq", "gptq") and last == "qweight":
-            self._packed_along_inputs(entry, stem)
-        elif self._method == "compressed-tensors" and last == "weight_packed":
-            self._packed_along_outputs(entry, stem)
-        elif self._method in ("fp8", "compressed-tensors") and entry.stored in ("F8_E4M3", "I8"):
-            if not name.endswith("_zero_point"):
-                self._plain(entry)
+        read = self._reader_of(entry)
+        if read is None:
+            return
+        if 0 in entry.shape:
+            _wrong(entry, f"is empty: its shape is {entry.shape}")
+        read()
+
+    def _reader_of(self, entry: TensorEntry) -> Callable[[], None] | None:
+        """Return what folds the weight whose numbers `entry` has, None if it has none."""
+        stem, _, last = entry.name.rpartition(".")
+        if self._method == "mxfp4" and entry.name.endswith("_blocks"):
+            return partial(self._mxfp4, entry, entry.name.removesuffix("_blocks"))
+        if self._method in ("awq", "gptq") and last == "qweight":
+            return partial(self._packed_along_inputs, entry, stem)
+        if self._method == "compressed-tensors" and last == "weight_packed":
+            return partial(self._packed_along_outputs, entry, stem)
+        one_by_one = self._method in ("fp8", "compressed-tensors")
+        if one_by_one and entry.stored in ("F8_E4M3", "I8"):
+            if entry.name.endswith("_zero_point"):
+                return None
+            return partial(self._plain, entry)
+        return None
 
     def _plain(self, weight: TensorEntry) -> None:
         stem = weight.name.removesuffix(".weight")

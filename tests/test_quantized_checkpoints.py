@@ -437,10 +437,12 @@ def test_any_shape_and_dtype_is_folded_or_refused_and_never_crashes(
     dtypes = {torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32"}
     table = {}
     changed = data.draw(st.sampled_from(sorted(packed)))
+    few = st.integers(0, 2) | st.integers(0, 50)
     for tensor, values in packed.items():
         shape, stored = tuple(values.shape), dtypes.get(values.dtype, "U8")
         if tensor == changed:
-            shape = tuple(data.draw(st.lists(st.integers(0, 50), max_size=4)))
+            rank = len(shape) if data.draw(st.booleans()) else data.draw(st.integers(0, 4))
+            shape = tuple(data.draw(st.lists(few, min_size=rank, max_size=rank)))
             stored = data.draw(st.sampled_from([stored, *STORED]))
         table[tensor] = TensorEntry(tensor, 0, 0, math.prod(shape), stored, None, shape)
     with contextlib.suppress(ModelError):
