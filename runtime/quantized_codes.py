@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.formats import Form
-from runtime.weight_forms import PIECE_ROWS, Codes, powers_of_two
+from runtime.weight_forms import AWQ_PLACES, PIECE_ROWS, Codes, powers_of_two
 
 Words = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 _IN_ORDER = np.arange(8, dtype=np.uint64)
-_AWQ_PLACES = np.array((0, 4, 1, 5, 2, 6, 3, 7), np.uint64)
-"""Which four bits of a word, counted from the lowest, each of its eight outputs has."""
+_AWQ_ORDER = np.array(AWQ_PLACES, np.uint64)
 _PIECE_NUMBERS = 2**19
 """So many numbers are made at once where they cannot be packed as they lie."""
 
@@ -70,7 +69,7 @@ def awq(form: Form, qweight: Words, scales: Floats, qzeros: Words) -> Iterable[C
     if 8 * qweight.shape[1] != scales.shape[1]:
         raise ValueError(f"words {qweight.shape} for scales {scales.shape}")
     zeros = np.empty_like(scales)
-    zeros_of(qzeros.view(np.uint32), _AWQ_PLACES, False, scales, zeros)
+    zeros_of(qzeros.view(np.uint32), _AWQ_ORDER, False, scales, zeros)
     words, factors, offsets = (torch.from_numpy(each.T) for each in (qweight, scales, zeros))
     return [Codes(form, words, factors, offsets, eights=True)]
 

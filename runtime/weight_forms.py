@@ -37,7 +37,7 @@ _DEQUANTISE_ITEMS = 2**20
 _SPREAD_NUMBERS = 2**18
 _PACKED_COLUMNS = (32, 64, 128, 256)
 _PACKED_ROWS = 16
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word, counted from the lowest, each of its eight rows has."""
 PIECE_ROWS = LARGEST_BLOCK
 """Rows of a matrix that is written in pieces begin at a multiple of this."""
@@ -77,7 +77,7 @@ class Codes:
             words = self.codes.clone(memory_format=torch.contiguous_format)
             pairs = words.view(torch.uint8).view(*words.shape, 4)
             numbers = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8)
-            for row, place in enumerate(_AWQ_PLACES):
+            for row, place in enumerate(AWQ_PLACES):
                 torch.bitwise_and(pairs[:, :, place // 2] >> place % 2 * 4, 15, out=numbers[:, row])
             return numbers.flatten(0, 1)
         if not self.apart:
