@@ -1,7 +1,8 @@
 """`bench large`: a checkpoint of gigabytes, loaded as stored and as int4, from RAM and from disk.
 
-Every run is a process of its own, so that its peak memory is its own. Times are ratios within one
-run of the suite. The weights are random: nothing here says anything about hits or text.
+Every run is a process of its own, so that its peak memory is its own. Speeds are ratios within one
+run of the suite. The weights are random: nothing here says anything about hits or text. How long
+loading takes is `bench load`'s: here it would mostly be how fast the system finds new memory.
 """
 
 from __future__ import annotations
@@ -10,16 +11,12 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from runtime.config import data_dir
-from runtime.expert_file_header import FOLDER as EXPERTS_FOLDER
-from runtime.expert_file_header import file_path
-from runtime.formats import FormKind
 from runtime.planner_ram import RAM_RESERVE_BYTES, RAM_RESERVE_PERCENT, READING_EXPERTS
 
 PROMPT = "Tell me a short story about a lighthouse."
@@ -28,26 +25,22 @@ DEFAULT_LAYERS = 7
 DISK_SHARE = 0.4
 """Share of the experts that finds a place in RAM when the disk tier is tried."""
 
-READ_BYTES = 2**25
-
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the form of its experts, the share of them that RAM may hold, and whether they are
-    read from a file that an earlier run kept."""
+    """One run: the form of its experts and the share of them that RAM may hold."""
 
     name: str
-    experts: FormKind | Literal["as stored"]
+    experts: str
     ram_share: float | None
-    kept: bool = False
 
 
 CASES = (
     Case("bf16 in RAM", "as stored", None),
     Case("bf16 with the disk tier", "as stored", DISK_SHARE),
     Case("int4, quantised while loading", "int4", None),
-    Case("int4 again, from the kept file", "int4", None, kept=True),
-    Case("int4 with the disk tier", "int4", DISK_SHARE, kept=True),
+    Case("int4 again, from the cached file", "int4", None),
+    Case("int4 with the disk tier", "int4", DISK_SHARE),
 )
 
 
@@ -69,11 +62,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         if case.ram_share is not None:
             in_ram = next(run for run in runs if run["experts"] == case.experts)
             ram_bytes = _ram_for(in_ram["plan"], case.ram_share)
-        paths = sorted(folder.glob("*.safetensors"))
-        if case.kept:
-            paths = [file_path(data_dir() / EXPERTS_FOLDER, folder, case.experts)]
-        read_s = float(_ran("reading_child", [str(path) for path in paths]))
-        runs.append({**_in_child(folder, case, ram_bytes), "case": case.name, "read_s": read_s})
+        runs.append({**_in_child(folder, case, ram_bytes), "case": case.name})
     return {
         "layers": layers,
         "expert_bytes_as_stored": layers * LAYER_BYTES,
@@ -86,20 +75,18 @@ def tell(result: dict[str, Any]) -> str:
     size_gb = result["expert_bytes_as_stored"] / 1e9
     lines = [
         f"{result['layers']} layers of Qwen3-30B-A3B's shape, {size_gb:.1f} GB of experts, random:",
-        f"{'':34}{'peak/plan':>10}{'load/read':>10}{'speed':>8}{'in RAM':>8}{'disk':>9}  tokens",
+        f"{'':34}{'peak/plan':>10}{'speed':>8}{'in RAM':>8}{'disk':>9}  tokens",
     ]
     for case in result["cases"]:
         same = {True: "the same", False: "OTHERS", None: ""}[case["same_tokens_as_in_ram"]]
         lines.append(
-            f"{case['case']:34}{case['peak_to_plan']:10.2f}{case['load_to_plain_read']:10.2f}"
+            f"{case['case']:34}{case['peak_to_plan']:10.2f}"
             f"{case['speed_to_first']:8.2f}{case['ram_share']:8.0%}"
             f"{case['disk_bytes_per_token'] / 1e9:6.2f} GB  {same}"
         )
-    lines += [
-        "load/read: reading the experts over a plain read of the same bytes into as much new",
-        "memory, from a hot page cache. Speed is tokens/s as a ratio to the first line. Nothing",
-        "follows for hits or text.",
-    ]
+    lines.append(
+        "Speed is tokens/s as a ratio to the first line. Nothing follows for hits or text."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -117,15 +104,13 @@ def _compared(record: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, A
     first = runs[0]
     in_ram = next(each for each in runs if each["experts"] == record["experts"])
     stats = record["stats"]
-    ram_share = (stats["ram_experts"] or record["expert_count"]) / record["expert_count"]
     return {
         "case": record["case"],
         "peak_to_plan": record["peak_bytes"] / record["planned_bytes"],
         "peak_bytes": record["peak_bytes"],
         "planned_bytes": record["planned_bytes"],
-        "load_to_plain_read": record["load_s"] / record["read_s"] / ram_share,
         "speed_to_first": stats["decode_tokens_per_s"] / first["stats"]["decode_tokens_per_s"],
-        "ram_share": ram_share,
+        "ram_share": (stats["ram_experts"] or record["expert_count"]) / record["expert_count"],
         "ram_hit_rate": stats["ram_hit_rate"],
         "disk_bytes_per_token": stats["disk_bytes"] / max(1, stats["new_tokens"]),
         "same_tokens_as_in_ram": None
@@ -134,40 +119,16 @@ def _compared(record: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def reading_child() -> None:
-    """Print how long reading the files that standard input names takes, into new memory."""
-    import numpy as np
-
-    paths = [Path(path) for path in json.loads(sys.stdin.read())]
-    times = []
-    for _ in range(2):
-        memory: Any = np.empty(sum(path.stat().st_size for path in paths), np.uint8)
-        into, done = memoryview(memory), 0
-        began_s = time.perf_counter()
-        for path in paths:
-            with open(path, "rb", buffering=0) as file:
-                while count := file.readinto(into[done : done + READ_BYTES]):
-                    done += count
-        times.append(time.perf_counter() - began_s)
-        del memory, into
-    sys.stdout.write(f"{min(times)}\n")
-
-
 def _in_child(folder: Path, case: Case, ram_bytes: int | None) -> dict[str, Any]:
     task = {"folder": str(folder), "experts": case.experts, "ram_bytes": ram_bytes}
-    record: dict[str, Any] = json.loads(_ran("child", task))
-    return record
-
-
-def _ran(function: str, task: object) -> str:
-    """Return the last line that a function of this module prints in a process of its own."""
-    code = f"from runtime.bench.large import {function}; {function}()"
+    code = "from runtime.bench.large import child; child()"
     ran = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(task), stdout=subprocess.PIPE, text=True
     )
     if ran.returncode:
-        raise RuntimeError(f"{function} {task}: the run ended with {ran.returncode}")
-    return ran.stdout.splitlines()[-1]
+        raise RuntimeError(f"{case.name}: the run ended with {ran.returncode}")
+    record: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return record
 
 
 def child() -> None:
@@ -176,7 +137,7 @@ def child() -> None:
 
     import runtime.loader  # noqa: F401  what libraries take is not the model's
     from runtime.assembly import assemble
-    from runtime.core import Delta, Finished, LoadProgress, LoadRequest, Message, SamplingParams
+    from runtime.core import Delta, Finished, LoadRequest, Message, SamplingParams
     from runtime.engine import Engine
 
     def peak_bytes() -> int:
@@ -186,13 +147,7 @@ def child() -> None:
     task = json.loads(sys.stdin.read())
     request = LoadRequest(task["folder"], experts=task["experts"], ram_bytes=task["ram_bytes"])
     before_bytes = peak_bytes()
-    stamps: list[float] = []
-
-    def stamp(step: LoadProgress) -> None:
-        if "experts" in step.text:
-            stamps.append(time.perf_counter())
-
-    parts = assemble(request, progress=stamp).parts
+    parts = assemble(request).parts
     # Random weights may end the text at once.
     engine = Engine(replace(parts, eos_token_ids=frozenset()))
     ids: list[int] = []
@@ -205,7 +160,6 @@ def child() -> None:
             stats = asdict(chunk.stats)
     record = {
         "experts": task["experts"],
-        "load_s": stamps[-1] - stamps[0],
         "peak_bytes": peak_bytes() - before_bytes,
         "planned_bytes": parts.plan.ram_device_bytes
         + parts.plan.ram_reading_bytes
